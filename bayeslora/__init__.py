@@ -1,0 +1,32 @@
+"""bayeslora: fine-tune language models with LoRA and get a posterior instead of a point.
+
+The public names are loaded on first use, so ``import bayeslora`` costs little and pulls in neither
+peft nor transformers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+__all__ = ["IVON", "Posterior", "metrics", "patch", "unpatch"]
+
+_HOME = {"IVON": "ivon", "Posterior": "posterior", "patch": "patching", "unpatch": "patching"}
+
+if TYPE_CHECKING:
+    from . import metrics
+    from .ivon import IVON
+    from .patching import patch, unpatch
+    from .posterior import Posterior
+
+
+def __getattr__(name: str) -> Any:
+    if name == "metrics":
+        return import_module(".metrics", __name__)
+    if name in _HOME:
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
