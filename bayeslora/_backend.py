@@ -1,0 +1,24 @@
+"""Which implementation runs where: Triton kernels on CUDA, their plain-torch twins elsewhere."""
+
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+
+
+@cache
+def _triton_installed() -> bool:
+    return find_spec("triton") is not None
+
+
+def uses_triton(device: torch.device) -> bool:
+    """Return whether tensors on ``device`` go through the Triton kernels."""
+    return device.type == "cuda" and _triton_installed()
+
+
+def ivon_kernels(device: torch.device) -> ModuleType:
+    """Return the module with IVON's operations for ``device`` (triton is imported only where it runs)."""
+    name = "ivon" if uses_triton(device) else "ivon_twin"
+    return import_module(f"bayeslora.kernels.{name}")

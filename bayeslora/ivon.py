@@ -1,0 +1,626 @@
+"""IVON: AdamW's cost, a Gaussian posterior over the weights.
+
+Papers: Shen et al., "Variational learning is effective for large deep networks" (ICML 2024); Cong et al.,
+"Variational low-rank adaptation using IVON" (2024); "Improving LoRA with variational learning" (2025).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from bayeslora._backend import ivon_kernels
+from bayeslora.kernels.param_bucket import HYPER_WIDTH, NONFINITE, SKIPPED, STEP, ParamBucket, state_dtype
+
+if TYPE_CHECKING:
+    from bayeslora.posterior import Posterior
+
+_EVAL_DRAWS = 1 << 31  # draws from here on belong to evaluation; training draws count from 1
+_STATE_KEYS = ("mean", "momentum", "hess")
+_PICKLED = (
+    "mc_samples",
+    "hess_approx",
+    "sync",
+    "debias",
+    "rescale_lr",
+    "skip_nonfinite",
+    "_seed",
+    "_train_draws",
+    "_eval_draws",
+    "_held",
+    "_pending",
+    "_folded",
+    "_folded_active",
+    "_from_context",
+)
+
+
+@dataclass(frozen=True)
+class _Noise:
+    """Names one posterior sample: the key and the draw of its noise, and the factor on the variance."""
+
+    seed: int
+    draw: int
+    variance_scale: float = 1.0
+
+
+class IVON(torch.optim.Optimizer):
+    r"""Improved Variational Online Newton: trains the mean and variance of a diagonal Gaussian posterior.
+
+    With λ = ``ess``, δ = ``weight_decay``, z ~ N(0, I) and g the gradient at the sample θ::
+
+        σ  = 1 / sqrt(λ (h + δ));   θ = m + σ z
+        f  = g z sqrt(λ (h + δ))                         (hess_approx="price"; "gradsq": f = λ g²)
+        M' = β1 M + (1-β1) g
+        h' = β2 h + (1-β2) f + (1-β2)²/2 · (h - f)² / (h + δ)
+        m' = m - lr' · clip((M'/(1-β1^t) + δ m) / (h' + δ), ±clip_radius)
+
+    ``lr' = lr · (hess_init + δ)`` if ``rescale_lr`` else ``lr``. Arguments, defaults and trajectories are
+    those of the ``ivon-opt`` package.
+
+    **Two ways to train.** A context manager::
+
+        with opt.sampled_params(train=True):
+            loss(model(x), y).backward()
+        opt.step()
+
+    or the protocol that HF Trainer speaks: ``opt.train()`` before the forward pass, ``opt.step()`` after
+    the backward pass, ``opt.eval()`` before an evaluation. Parameters hold the mean at rest and one
+    posterior sample in between. ``step()`` reads ``p.grad`` when it is called, so accumulation, clipping
+    and unscaling count. Gradients of micro-batches add up in ``p.grad`` under one context (or one
+    ``train()``); a second context before ``step()`` is a second Monte Carlo sample, and the step uses the
+    mean over samples (whatever ``zero_grad`` does in between, as with ``ivon-opt``).
+
+    **State.** ``mean``, ``momentum`` and ``hess`` of each parameter, fp32 (fp64 for fp64 parameters)
+    whatever the parameter's dtype: 12 bytes a parameter. Noise is a pure function of
+    ``(seed, draw, tensor, element)``: it is never stored, and does not depend on torch's global generators.
+
+    Args:
+        params: parameters or parameter groups. Each group may set ``lr``, ``ess``, ``hess_init``,
+            ``beta1``, ``beta2``, ``weight_decay`` and ``clip_radius``.
+        lr: learning rate, >= 0.
+        ess: effective sample size λ > 0, usually the number of training examples; larger is closer to
+            a point estimate.
+        hess_init: initial value h0 > 0 of the Hessian.
+        beta1: momentum of the gradient, in [0, 1].
+        beta2: momentum of the Hessian, in [0, 1].
+        weight_decay: prior precision δ >= 0 divided by λ.
+        mc_samples: Monte Carlo samples that ``step(closure)`` takes, >= 1.
+        hess_approx: ``"price"`` (reparameterised) or ``"gradsq"`` (squared gradients).
+        clip_radius: largest preconditioned update of an element, > 0.
+        sync: average gradient and curvature over the ranks of ``torch.distributed`` in ``step()``; every
+            rank then draws its own sample. Not needed under DDP, which averages the gradients itself.
+        debias: divide the momentum by ``1 - β1^t``.
+        rescale_lr: multiply ``lr`` by ``hess_init + weight_decay``.
+        seed: 64-bit key of all noise.
+        skip_nonfinite: skip a step whose gradients hold a NaN or an infinity, and count it in
+            :attr:`skipped_steps`; decided on the device, without a host sync.
+
+    Raises:
+        ValueError: a hyperparameter is out of range.
+        TypeError: a parameter is not a floating-point tensor.
+    """
+
+    _step_supports_amp_scaling = True  # torch.amp.GradScaler hands grad_scale and found_inf to step()
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor,
+        ess: float,
+        hess_init: float = 1.0,
+        beta1: float = 0.9,
+        beta2: float = 0.99999,
+        weight_decay: float = 1e-4,
+        mc_samples: int = 1,
+        hess_approx: str = "price",
+        clip_radius: float = math.inf,
+        sync: bool = False,
+        debias: bool = True,
+        rescale_lr: bool = True,
+        *,
+        seed: int = 0,
+        skip_nonfinite: bool = True,
+    ) -> None:
+        if not (isinstance(mc_samples, int) and mc_samples >= 1):
+            raise ValueError(f"mc_samples must be an integer >= 1, got {mc_samples!r}")
+        if hess_approx not in ("price", "gradsq"):
+            raise ValueError(f"hess_approx must be 'price' or 'gradsq', got {hess_approx!r}")
+        if not -(1 << 63) <= seed < 1 << 64:
+            raise ValueError(f"seed must fit 64 bits, got {seed!r}")
+        self.mc_samples = mc_samples
+        self.hess_approx = hess_approx
+        self.sync = sync
+        self.debias = debias
+        self.rescale_lr = rescale_lr
+        self.skip_nonfinite = skip_nonfinite
+        self._seed = seed
+        self._reset_run()
+        defaults = {
+            "lr": lr,
+            "beta1": beta1,
+            "beta2": beta2,
+            "weight_decay": weight_decay,
+            "hess_init": hess_init,
+            "ess": ess,
+            "clip_radius": clip_radius,
+        }
+        _check_group(defaults)
+        super().__init__(params, defaults)
+
+    def _reset_run(self) -> None:
+        self._train_draws = 0  # training samples drawn so far: the current one's draw
+        self._eval_draws = 0
+        self._held: _Noise | None = None  # the sample in the parameters; None: the mean
+        self._pending: _Noise | None = None  # the training sample that p.grad belongs to
+        self._folded = 0  # finished samples in the running means
+        self._folded_active: set[int] = set()  # streams that had a gradient in one of them
+        self._from_context = False  # the pending sample came from sampled_params, not train()
+        self._wrapping_closure = False
+        self._buckets: list[ParamBucket] | None = None
+        self._bucket_key: list[Any] = []
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group; its tensors' noise streams follow those of the groups before it.
+
+        Args:
+            param_group: ``{"params": [...]}`` and any hyperparameter that differs from the default.
+
+        Raises:
+            ValueError: a hyperparameter is out of range, or a sample is in the parameters.
+            TypeError: a parameter is not a floating-point tensor.
+        """
+        if self._held is not None:
+            raise ValueError("add_param_group() while a sample is in the parameters; call opt.eval() first")
+        _check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        for p in self.param_groups[-1]["params"]:
+            if not p.is_floating_point():
+                self.param_groups.pop()
+                raise TypeError(f"params must be floating-point tensors, got one of dtype {p.dtype}")
+
+    # ---- samples ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def sampled_params(
+        self, train: bool = False, *, seed: int | None = None, variance_scale: float = 1.0
+    ) -> Iterator[None]:
+        """Put a posterior sample into the parameters; put back what they held before at the end.
+
+        Args:
+            train: the gradients taken inside are for the next ``step()``. Without it, the sample is for
+                evaluation and leaves the training run as it was.
+            seed: name of an evaluation sample: the same seed gives the same weights on every device, and
+                those of ``Posterior.sample(seed)``. None draws a new one each time.
+            variance_scale: factor on the variance of an evaluation sample, >= 0.
+
+        Raises:
+            ValueError: ``seed`` or ``variance_scale`` with ``train=True``, or ``variance_scale`` negative.
+            RuntimeError: a training sample is already in the parameters.
+        """
+        if not train:
+            with self._evaluation_sample(seed, variance_scale):
+                yield
+            return
+        if seed is not None or variance_scale != 1.0:
+            raise ValueError(
+                "seed and variance_scale are for evaluation samples; with train=True leave them out "
+                "(the training seed is IVON(..., seed=...))"
+            )
+        if self._wrapping_closure:  # step(closure) has drawn this sample already
+            yield
+            return
+        if self._held is not None:
+            raise RuntimeError(
+                "sampled_params(train=True) while a sample is in the parameters; "
+                "use either the context manager or opt.train(), one sample at a time"
+            )
+        if self._pending is not None:
+            self._fold()
+        self._draw()
+        self._from_context = True
+        try:
+            yield
+        except BaseException:
+            self._show(None)
+            self._forget_samples()
+            raise
+        self._show(None)
+
+    @contextmanager
+    def _evaluation_sample(self, seed: int | None, variance_scale: float) -> Iterator[None]:
+        if not 0.0 <= variance_scale < math.inf:
+            raise ValueError(f"variance_scale must be finite and >= 0, got {variance_scale!r}")
+        if seed is None:
+            noise = _Noise(self._seed, _EVAL_DRAWS + self._eval_draws, variance_scale)
+            self._eval_draws += 1
+        else:
+            noise = _Noise(seed, 0, variance_scale)
+        before = self._held
+        self._show(noise)
+        try:
+            yield
+        finally:
+            self._show(before)
+
+    def train(self) -> None:
+        """Put this step's training sample into the parameters (the same one until ``step()``)."""
+        if self._held is not None:
+            return
+        if self._pending is None:
+            self._draw()
+            self._from_context = False
+        else:
+            self._show(self._pending)
+
+    def eval(self) -> None:
+        """Put the mean into the parameters. A later ``train()`` goes on with the same sample."""
+        self._show(None)
+
+    def _draw(self) -> None:
+        self._train_draws += 1
+        rank = dist.get_rank() if self.sync and dist.is_initialized() else 0
+        noise = _Noise(self._seed + rank, self._train_draws)
+        self._show(noise)
+        self._pending = noise
+
+    def _show(self, noise: _Noise | None) -> None:
+        """Make the parameters hold the named sample, or the mean."""
+        if noise == self._held:
+            return
+        for bucket in self._current_buckets():
+            kernels = ivon_kernels(bucket.device)
+            if noise is None:
+                kernels.ivon_restore(bucket)
+            else:
+                self._set_hyper(bucket, noise.variance_scale)
+                kernels.ivon_sample(bucket, seed=noise.seed, draw=noise.draw, adopt=self._held is None)
+        self._held = noise
+
+    def _forget_samples(self) -> None:
+        self._pending = None
+        self._folded = 0
+        self._folded_active.clear()
+
+    def _fold(self) -> None:
+        """Move the pending sample's gradient from ``p.grad`` into the running means over samples."""
+        assert self._pending is not None
+        self._folded += 1
+        for bucket in self._current_buckets():
+            grads = _grads(bucket)
+            self._set_hyper(bucket, 1.0)
+            ivon_kernels(bucket.device).ivon_fold(
+                bucket,
+                grads,
+                seed=self._pending.seed,
+                draw=self._pending.draw,
+                count=self._folded,
+                price=self.hess_approx == "price",
+            )
+            self._folded_active.update(s for s, g in zip(bucket.streams, grads, strict=True) if g is not None)
+            for p in bucket.params:
+                p.grad = None
+        self._pending = None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients; those of a finished ``sampled_params(train=True)`` are kept for ``step()``.
+
+        As with ``ivon-opt``, a gradient taken in a context that has ended belongs to its Monte Carlo
+        sample, and clearing ``p.grad`` does not take it away.
+        """
+        if self._pending is not None and self._held is None and self._from_context:
+            self._fold()
+        super().zero_grad(set_to_none)
+
+    # ---- the update ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update the posterior from ``p.grad`` and leave the mean in the parameters.
+
+        Args:
+            closure: computes the loss and its gradients and returns the loss; called ``mc_samples`` times,
+                each time with a new sample in the parameters (whether or not it draws one itself).
+
+        Returns:
+            The mean loss of the closure's calls, or None.
+
+        Raises:
+            RuntimeError: no sample was drawn since the last step, so the gradients were not taken at one.
+        """
+        loss = None if closure is None else self._run_closure(closure)
+        if self._pending is None and self._folded == 0:
+            raise RuntimeError(
+                "IVON.step() with no sample drawn: take the gradients inside "
+                "`with opt.sampled_params(train=True): loss.backward()`, or call `opt.train()` before the "
+                "forward pass"
+            )
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        buckets = self._current_buckets()
+        averaged = self._average_samples(buckets, found_inf is not None and grad_scale is None)
+        self._update(buckets, averaged, grad_scale, found_inf)
+        self._held = None
+        self._forget_samples()
+        return loss
+
+    def _run_closure(self, closure: Callable[[], Any]) -> Any:
+        losses = []
+        for _ in range(self.mc_samples):
+            drawn = self._held is not None  # by opt.train()
+            with nullcontext() if drawn else self.sampled_params(train=True), torch.enable_grad():
+                self._wrapping_closure = True
+                try:
+                    losses.append(closure())
+                finally:
+                    self._wrapping_closure = False
+            self._show(None)
+        return None if any(loss is None for loss in losses) else sum(losses) / self.mc_samples
+
+    def _average_samples(self, buckets: list[ParamBucket], unscaled: bool) -> bool:
+        """Bring several samples (or ranks) into the running means; return whether there were several."""
+        ranks = self.sync and dist.is_initialized()
+        if self._folded == 0 and not ranks:
+            return False
+        if unscaled:
+            raise RuntimeError(
+                "GradScaler.unscale_() reaches only the last of several Monte Carlo samples; leave it out "
+                "(scaler.step(opt) unscales them all), or take one sample a step"
+            )
+        if self._pending is not None:
+            self._fold()
+        if ranks:
+            for bucket in buckets:
+                for average in bucket.averages():
+                    dist.all_reduce(average)
+                    average.div_(dist.get_world_size())
+        return True
+
+    def _update(
+        self,
+        buckets: list[ParamBucket],
+        averaged: bool,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        grads = [None if averaged else _grads(bucket) for bucket in buckets]
+        check = self.skip_nonfinite and found_inf is None
+        if check and len(buckets) > 1:
+            self._check_together(buckets, grads)
+        noise = self._pending or _Noise(0, 0)
+        for bucket, bucket_grads in zip(buckets, grads, strict=True):
+            self._set_hyper(bucket, 1.0)
+            if bucket_grads is None:
+                active = [stream in self._folded_active for stream in bucket.streams]
+            else:
+                active = [g is not None for g in bucket_grads]
+            ivon_kernels(bucket.device).ivon_step(
+                bucket,
+                bucket_grads,
+                active,
+                seed=noise.seed,
+                draw=noise.draw,
+                price=self.hess_approx == "price",
+                debias=self.debias,
+                check=check and len(buckets) == 1,
+                grad_scale=None if grad_scale is None else grad_scale.to(bucket.device),
+                found_inf=None if found_inf is None else found_inf.to(bucket.device),
+            )
+
+    @staticmethod
+    def _check_together(buckets: list[ParamBucket], grads: list[list[Tensor | None] | None]) -> None:
+        """Raise the non-finite flag of every bucket if one of them has a non-finite gradient."""
+        for bucket, bucket_grads in zip(buckets, grads, strict=True):
+            ivon_kernels(bucket.device).ivon_check(bucket, bucket_grads)
+        home = buckets[0].device
+        flag = torch.stack([b.control[NONFINITE].to(home, non_blocking=True) for b in buckets]).amax()
+        for bucket in buckets:
+            bucket.control[NONFINITE].copy_(flag, non_blocking=True)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps dropped for non-finite gradients so far. Reading it waits for the device."""
+        return self._counters()[1]
+
+    def _counters(self) -> tuple[int, int]:
+        """Return (steps taken, steps skipped), from the device if they are there."""
+        if self._buckets:
+            control = self._buckets[0].control.tolist()
+            return control[STEP], control[SKIPPED]
+        group = self.param_groups[0]
+        return group.get("step", 0), group.get("skipped", 0)
+
+    def posterior(self, model: nn.Module) -> Posterior:
+        """Return the posterior that this optimizer has learned; same as ``Posterior.from_optimizer``."""
+        from bayeslora.posterior import Posterior
+
+        return Posterior.from_optimizer(model, self)
+
+    # ---- buckets ---------------------------------------------------------------------------------
+
+    def _current_buckets(self) -> list[ParamBucket]:
+        """Return the buckets, made anew if a parameter was moved, cast, frozen, thawed or added."""
+        key = [
+            (p.data_ptr(), p.shape, p.dtype, p.device, p.requires_grad)
+            for group in self.param_groups
+            for p in group["params"]
+        ]
+        if self._buckets is None or key != self._bucket_key:
+            self._rebuild_buckets()
+            self._bucket_key = key
+        assert self._buckets is not None
+        return self._buckets
+
+    def _rebuild_buckets(self) -> None:
+        steps, skipped = self._counters()
+        if self._buckets and self._folded:
+            raise RuntimeError("a parameter changed device, dtype or requires_grad within a step")
+        powers = self._beta1_powers()
+        members: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, int, int]]] = {}
+        stream = 0
+        for index, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                if p.requires_grad:
+                    members.setdefault((p.device, state_dtype(p.dtype)), []).append((p, stream, index))
+                stream += 1
+        self._buckets = []
+        for entries in members.values():
+            params, streams, groups = zip(*entries, strict=True)
+            bucket = ParamBucket(params, streams, groups, num_groups=len(self.param_groups))
+            bucket.control[STEP], bucket.control[SKIPPED] = steps, skipped
+            bucket.beta1_power.copy_(torch.tensor(powers, dtype=torch.float64))
+            bucket.hess.fill_(1.0)
+            for i, p in enumerate(params):
+                self._place_state(bucket, i, p)
+            self._buckets.append(bucket)
+
+    @torch.no_grad()
+    def _place_state(self, bucket: ParamBucket, index: int, p: Tensor) -> None:
+        """Move a parameter's state into the bucket's flat buffers; start it if it has none."""
+        old = self.state[p]
+        group = self.param_groups[bucket.param_groups[index]]
+        start: dict[str, Any] = {"mean": p.detach(), "momentum": 0.0, "hess": float(group["hess_init"])}
+        new = {}
+        for name in _STATE_KEYS:
+            flat = getattr(bucket, name)
+            new[name] = bucket.view(flat, index)
+            value = old.get(name, start[name])
+            if isinstance(value, Tensor):
+                new[name].copy_(value)
+            else:
+                new[name].fill_(value)
+        self.state[p] = new
+
+    def _beta1_powers(self) -> list[float]:
+        """Return β1^(steps taken) of each group."""
+        if not self._buckets:
+            return [group.get("beta1_power", 1.0) for group in self.param_groups]
+        known = self._buckets[0].beta1_power.tolist()
+        return known + [1.0] * (len(self.param_groups) - len(known))
+
+    def _set_hyper(self, bucket: ParamBucket, variance_scale: float) -> None:
+        table = []
+        for group in self.param_groups:
+            lr = float(group["lr"])
+            if self.rescale_lr:
+                lr *= group["hess_init"] + group["weight_decay"]
+            row = [lr, *(float(group[k]) for k in ("beta1", "beta2", "weight_decay", "ess", "clip_radius"))]
+            row.append(variance_scale)
+            table.append(row + [0.0] * (HYPER_WIDTH - len(row)))
+        bucket.set_hyper(table)
+
+    # ---- saving and loading ----------------------------------------------------------------------
+
+    def _write_counters(self) -> None:
+        steps, skipped = self._counters()
+        powers = self._beta1_powers()
+        # A sample whose step is still to come is drawn again after loading.
+        draws = self._train_draws - (self._folded + (self._pending is not None))
+        for group, power in zip(self.param_groups, powers, strict=True):
+            group.update(step=steps, skipped=skipped, beta1_power=power)
+            group.update(seed=self._seed, train_draws=draws, eval_draws=self._eval_draws)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state: fp32 mean, momentum and hess of each parameter, and the counters of the noise.
+
+        Loading it (after the model's weights) continues the run bit for bit.
+        """
+        self._write_counters()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned; the state keeps its own dtype.
+
+        Args:
+            state_dict: from an IVON optimizer over the same parameters in the same order.
+
+        Raises:
+            ValueError: the groups, keys or shapes do not fit; the optimizer is then as it was.
+        """
+        saved_state = state_dict["state"]
+        _check_saved_state(self.param_groups, state_dict)
+        self._show(None)
+        super().load_state_dict({**state_dict, "state": {}})
+        params = [p for group in self.param_groups for p in group["params"]]
+        self._reset_run()
+        self.state.clear()
+        for index, values in saved_state.items():
+            p = params[index]
+            dtype = state_dtype(p.dtype)
+            self.state[p] = {k: values[k].detach().to(p.device, dtype, copy=True) for k in _STATE_KEYS}
+        first = self.param_groups[0]
+        self._seed = first.get("seed", self._seed)
+        self._train_draws = first.get("train_draws", 0)
+        self._eval_draws = first.get("eval_draws", 0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._write_counters()
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in _PICKLED}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._wrapping_closure = False
+        self._buckets, self._bucket_key = None, []
+        if self._folded:  # the running means stayed behind
+            self._forget_samples()
+
+
+def _grads(bucket: ParamBucket) -> list[Tensor | None]:
+    grads = [p.grad for p in bucket.params]
+    for p, g in zip(bucket.params, grads, strict=True):
+        if g is not None and g.layout != torch.strided:
+            raise RuntimeError(
+                f"IVON needs dense gradients, got layout {g.layout} for shape {tuple(p.shape)}"
+            )
+    return grads
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    """Check the ranges of a group's hyperparameters.
+
+    Raises:
+        ValueError: naming the first that is out of range.
+    """
+    ranges: dict[str, tuple[str, Callable[[float], bool]]] = {
+        "lr": ("finite and >= 0", lambda v: 0.0 <= v < math.inf),
+        "ess": ("finite and > 0", lambda v: 0.0 < v < math.inf),
+        "hess_init": ("finite and > 0", lambda v: 0.0 < v < math.inf),
+        "beta1": ("in [0, 1]", lambda v: 0.0 <= v <= 1.0),
+        "beta2": ("in [0, 1]", lambda v: 0.0 <= v <= 1.0),
+        "weight_decay": ("finite and >= 0", lambda v: 0.0 <= v < math.inf),
+        "clip_radius": ("> 0", lambda v: v > 0.0),
+    }
+    for name, (range_text, fits) in ranges.items():
+        if not fits(float(group[name])):
+            raise ValueError(f"{name} must be {range_text}, got {group[name]!r}")
+
+
+def _check_saved_state(param_groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> None:
+    """Check a saved state against the parameters before anything is changed.
+
+    Raises:
+        ValueError: naming what does not fit.
+    """
+    sizes = [len(g["params"]) for g in param_groups]
+    saved = [len(g["params"]) for g in state_dict["param_groups"]]
+    if sizes != saved:
+        raise ValueError(f"state_dict has parameter groups of sizes {saved}, this optimizer has {sizes}")
+    params = [p for group in param_groups for p in group["params"]]
+    for index, values in state_dict["state"].items():
+        for key in _STATE_KEYS:
+            if key not in values:
+                raise ValueError(
+                    f"state_dict of parameter {index} has no {key!r}; is it from an IVON optimizer?"
+                )
+            if values[key].shape != params[index].shape:
+                raise ValueError(
+                    f"state_dict: {key!r} of parameter {index} has shape {tuple(values[key].shape)}, "
+                    f"the parameter has {tuple(params[index].shape)}"
+                )

@@ -1,0 +1,188 @@
+"""A bucket: the tensors that one IVON launch covers, and the flat fp32 state behind them.
+
+Every parameter of one device and one state dtype goes into one bucket. Its state (mean, momentum,
+Hessian) lies in flat buffers; each tensor starts at a multiple of four elements, so that one Philox
+group of four normals never straddles two tensors::
+
+    flat position  =  start[i] + k      holds element k of tensor i's local shard
+    noise group    =  flat position // 4
+
+Kernels find their work through ``rows``, one int64 row a tensor (columns ``PARAM_PTR`` ...), and
+``tile_tensor``, the row index of each tile of ``BLOCK`` flat positions.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+BLOCK = 1024
+"""Flat positions a tile covers. A multiple of 4; results do not depend on it."""
+
+# Columns of ``rows``.
+PARAM_PTR, START, NUMEL, GROUP_START, STREAM, PARAM_GROUP, DTYPE, FIRST_TILE = range(8)
+ROW_WIDTH = 8
+
+# Slots of ``control``, the device-side step counters.
+STEP, SKIPPED, NONFINITE, ARRIVED, DONE = range(5)
+CONTROL_WIDTH = 8
+
+# Columns of ``hyper``, one fp64 row a parameter group.
+LR, BETA1, BETA2, WEIGHT_DECAY, ESS, CLIP_RADIUS, VARIANCE_SCALE = range(7)
+HYPER_WIDTH = 8
+
+# Columns of the gradient table: address (0: none), dtype code, whether the tensor is to be updated.
+GRAD_WIDTH = 3
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the state of a parameter: fp32, or fp64 for fp64 parameters."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _round_up_4(n: int) -> int:
+    return (n + 3) // 4 * 4
+
+
+class ParamBucket:
+    """Parameters of one device and one state dtype, with their flat state.
+
+    Args:
+        params: dense floating-point tensors.
+        streams: the noise stream of each tensor.
+        param_groups: index into the hyperparameter table of each tensor.
+        element_offsets: index in the global tensor of each local tensor's first element (0 unless
+            the tensor is a shard).
+        with_momentum: whether the bucket carries a momentum buffer (a posterior needs none).
+        num_groups: rows of the hyperparameter table.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        streams: Sequence[int],
+        param_groups: Sequence[int],
+        element_offsets: Sequence[int] | None = None,
+        *,
+        with_momentum: bool = True,
+        num_groups: int = 1,
+    ) -> None:
+        self.params = list(params)
+        self.streams = list(streams)
+        self.param_groups = list(param_groups)
+        self.element_offsets = list(element_offsets or [0] * len(self.params))
+        self.device = self.params[0].device
+        self.dtype = state_dtype(self.params[0].dtype)
+        self.starts, self.size = self._lay_out()
+        self.mean = self._zeros(self.size)
+        self.hess = self._zeros(self.size)
+        self.momentum = self._zeros(self.size) if with_momentum else None
+        self.avg_grad: Tensor | None = None
+        self.avg_curvature: Tensor | None = None
+        self.control = torch.zeros(CONTROL_WIDTH, dtype=torch.int64, device=self.device)
+        self.beta1_power = torch.ones(num_groups, dtype=torch.float64, device=self.device)
+        self.hyper = torch.zeros(num_groups, HYPER_WIDTH, dtype=torch.float64, device=self.device)
+        self.twin_noise: tuple[int, int, Tensor] | None = None  # (seed, draw, normals), kept by the twin
+        self._hyper_values: list[list[float]] | None = None
+        self._grad_rows: tuple[list[list[int]], Tensor] | None = None
+
+    def _lay_out(self) -> tuple[list[int], int]:
+        starts, end = [], 0
+        for param, offset in zip(self.params, self.element_offsets, strict=True):
+            starts.append(end + offset % 4)
+            end = _round_up_4(starts[-1] + param.numel())
+        return starts, end
+
+    def _zeros(self, size: int) -> Tensor:
+        return torch.zeros(size, dtype=self.dtype, device=self.device)
+
+    def view(self, flat: Tensor, index: int) -> Tensor:
+        """Return tensor ``index``'s part of a flat buffer, in the tensor's own shape."""
+        param, start = self.params[index], self.starts[index]
+        return flat[start : start + param.numel()].view(param.shape)
+
+    def set_hyper(self, values: list[list[float]]) -> None:
+        """Copy the hyperparameter table to the device if it changed: ``[groups][HYPER_WIDTH]``."""
+        if values != self._hyper_values:
+            host = torch.tensor(values, dtype=torch.float64)
+            if self.device.type == "cuda":
+                host = host.pin_memory()
+            self.hyper.copy_(host, non_blocking=True)
+            self._hyper_values = values
+
+    def hyper_values(self) -> list[list[float]]:
+        """Return the hyperparameter table as it was last set (the twin reads it on the host)."""
+        if self._hyper_values is None:
+            raise RuntimeError("set_hyper() was not called before the first launch")
+        return self._hyper_values
+
+    def averages(self) -> tuple[Tensor, Tensor]:
+        """Return the running means of gradient and curvature over Monte Carlo samples, made on first use."""
+        if self.avg_grad is None or self.avg_curvature is None:
+            self.avg_grad, self.avg_curvature = self._zeros(self.size), self._zeros(self.size)
+        return self.avg_grad, self.avg_curvature
+
+    @cached_property
+    def noise_counters(self) -> tuple[Tensor, Tensor]:
+        """Philox counters ``(group, stream)`` of every four flat positions, int64 ``[size / 4]``."""
+        group = torch.empty(self.size // 4, dtype=torch.int64, device=self.device)
+        stream = torch.empty_like(group)
+        ends = [*self.starts[1:], self.size]
+        for i, start in enumerate(self.starts):
+            first, last = start // 4, ends[i] // 4
+            base = self.element_offsets[i] // 4
+            group[first:last] = torch.arange(base, base + last - first, device=self.device)
+            stream[first:last] = self.streams[i]
+        return group, stream
+
+    @cached_property
+    def tiles(self) -> tuple[Tensor, Tensor]:
+        """Device tables of the kernels: ``rows`` int64 ``[tensors, ROW_WIDTH]``, ``tile_tensor`` int32."""
+        rows: list[list[int]] = []
+        tile_tensor: list[int] = []
+        for i, param in enumerate(self.params):
+            offset = self.element_offsets[i]
+            row = [0] * ROW_WIDTH
+            row[PARAM_PTR] = self._staged.get(i, param).data_ptr()
+            row[START], row[NUMEL] = self.starts[i], param.numel()
+            row[GROUP_START], row[STREAM] = offset // 4, self.streams[i]
+            row[PARAM_GROUP], row[DTYPE] = self.param_groups[i], DTYPE_CODES[param.dtype]
+            row[FIRST_TILE] = len(tile_tensor)
+            rows.append(row)
+            tile_tensor += [i] * ((offset % 4 + param.numel() + BLOCK - 1) // BLOCK)
+        return (
+            torch.tensor(rows, dtype=torch.int64).to(self.device),
+            torch.tensor(tile_tensor, dtype=torch.int32).to(self.device),
+        )
+
+    def grad_rows(self, grads: Sequence[Tensor | None], active: Sequence[bool]) -> Tensor:
+        """Return the device table of gradients, int64 ``[tensors, GRAD_WIDTH]``, copied if it changed."""
+        rows = [
+            [0, 0, int(on)] if g is None else [g.data_ptr(), DTYPE_CODES[g.dtype], int(on)]
+            for g, on in zip(grads, active, strict=True)
+        ]
+        if self._grad_rows is None or self._grad_rows[0] != rows:
+            host = torch.tensor(rows, dtype=torch.int64)
+            if self.device.type == "cuda":
+                host = host.pin_memory()
+            self._grad_rows = rows, host.to(self.device, non_blocking=True)
+        return self._grad_rows[1]
+
+    @cached_property
+    def _staged(self) -> dict[int, Tensor]:
+        """Contiguous stand-ins of the (rare) parameters whose memory is not in element order."""
+        return {i: p.detach().contiguous() for i, p in enumerate(self.params) if not p.is_contiguous()}
+
+    def stage_in(self) -> None:
+        """Copy parameters that are not contiguous into their stand-ins, before a kernel reads them."""
+        for i, stand_in in self._staged.items():
+            stand_in.copy_(self.params[i].detach())
+
+    def stage_out(self) -> None:
+        """Copy the stand-ins back, and tell autograd that the parameters changed."""
+        for i, stand_in in self._staged.items():
+            self.params[i].detach().copy_(stand_in)
+        torch.autograd.graph.increment_version(self.params)
