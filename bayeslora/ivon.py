@@ -20,7 +20,7 @@ from bayeslora._backend import ivon_kernels
 from bayeslora.kernels.param_bucket import HYPER_WIDTH, NONFINITE, SKIPPED, STEP, ParamBucket, state_dtype
 
 if TYPE_CHECKING:
-    from bayeslora.posterior import Posterior
+    from bayeslora.posterior import GaussianParameter, Posterior
 
 _EVAL_DRAWS = 1 << 31  # draws from here on belong to evaluation; training draws count from 1
 _STATE_KEYS = ("mean", "momentum", "hess")
@@ -436,6 +436,28 @@ class IVON(torch.optim.Optimizer):
             return control[STEP], control[SKIPPED]
         group = self.param_groups[0]
         return group.get("step", 0), group.get("skipped", 0)
+
+    def gaussians(self) -> Iterator[tuple[Tensor, GaussianParameter]]:
+        """Put the mean into the parameters and yield each trained one with a copy of its Gaussian."""
+        from bayeslora.posterior import GaussianParameter
+
+        self.eval()
+        for bucket in self._current_buckets():
+            for i, p in enumerate(bucket.params):
+                group = self.param_groups[bucket.param_groups[i]]
+                mean = bucket.view(bucket.mean, i).clone()
+                changed = mean.to(p.dtype) != p.detach()
+                yield (
+                    p,
+                    GaussianParameter(
+                        parameter=p,
+                        mean=torch.where(changed, p.detach().to(mean.dtype), mean),
+                        hess=bucket.view(bucket.hess, i).clone(),
+                        stream=bucket.streams[i],
+                        ess=float(group["ess"]),
+                        weight_decay=float(group["weight_decay"]),
+                    ),
+                )
 
     def posterior(self, model: nn.Module) -> Posterior:
         """Return the posterior that this optimizer has learned; same as ``Posterior.from_optimizer``."""

@@ -1,0 +1,313 @@
+"""The posterior over adapter weights: sample, predict, prune, save and load.
+
+θ ~ N(m, diag(σ²)), σ² = 1 / (λ (h + δ)), with mean m, Hessian h, effective sample size λ and prior
+precision δ from IVON. A sample is named by its seed: the same seed gives the same weights on every device.
+
+Paper: Cong et al., "Improving LoRA with variational learning" (2025), for pruning and test-time scaling.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from bayeslora._backend import ivon_kernels
+from bayeslora.kernels.param_bucket import HYPER_WIDTH, ParamBucket, state_dtype
+
+if TYPE_CHECKING:
+    from bayeslora.ivon import IVON
+
+
+@dataclass
+class GaussianParameter:
+    """One tensor of the posterior.
+
+    Args:
+        parameter: the model's tensor, of any floating dtype and device.
+        mean: m, in the parameter's shape, fp32 (fp64 for fp64 parameters).
+        hess: h, as ``mean``; infinite where the element is pruned (its variance is then zero).
+        stream: index of the tensor's noise stream.
+        ess: λ of its parameter group.
+        weight_decay: δ of its parameter group.
+    """
+
+    parameter: Tensor
+    mean: Tensor
+    hess: Tensor
+    stream: int
+    ess: float
+    weight_decay: float
+
+
+@dataclass
+class Posterior:
+    """A diagonal Gaussian posterior over the trained parameters of a model.
+
+    Made by :meth:`from_optimizer` or :meth:`from_pretrained`. It keeps its own fp32 mean and Hessian, so
+    further training of the model does not change it.
+
+    Args:
+        model: the model whose parameters are sampled.
+        parameters: name in ``model.named_parameters()`` of each tensor, and its Gaussian.
+        pruned: the ratios :meth:`prune` was called with, in order.
+    """
+
+    model: nn.Module
+    parameters: dict[str, GaussianParameter]
+    pruned: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._buckets: list[ParamBucket] | None = None
+        self._bucket_key: list[Any] = []
+
+    # ---- where it comes from ---------------------------------------------------------------------
+
+    @classmethod
+    def from_optimizer(cls, model: nn.Module, optimizer: IVON) -> Posterior:
+        """Return the posterior an IVON optimizer has learned. The parameters are left at the mean.
+
+        Args:
+            model: the model that the optimizer trains.
+            optimizer: a :class:`bayeslora.IVON`, also one wrapped by accelerate.
+
+        Raises:
+            TypeError: the optimizer is not IVON.
+            ValueError: a trained parameter of the optimizer is not one of the model's.
+        """
+        from bayeslora.ivon import IVON
+
+        inner: Any = optimizer
+        while not isinstance(inner, IVON) and hasattr(inner, "optimizer"):
+            inner = inner.optimizer
+        if not isinstance(inner, IVON):
+            raise TypeError(f"optimizer must be a bayeslora.IVON, got {type(optimizer).__name__}")
+        names = {id(p): name for name, p in model.named_parameters()}
+        parameters = {}
+        for p, gaussian in inner.gaussians():
+            if id(p) not in names:
+                raise ValueError(
+                    f"the optimizer trains a parameter of shape {tuple(p.shape)} that is not in the model; "
+                    "pass the model whose parameters were given to IVON"
+                )
+            parameters[names[id(p)]] = gaussian
+        return cls(model, parameters)
+
+    @classmethod
+    def from_pretrained(cls, model: nn.Module, path: str | PathLike[str]) -> Posterior:
+        """Load an adapter and its posterior from a folder made by :meth:`save_pretrained`.
+
+        Args:
+            model: a PEFT model whose active adapter takes the mean, or a base model, which gets the
+                folder's adapter (then use ``posterior.model``).
+            path: the folder.
+
+        Raises:
+            FileNotFoundError: the folder or one of its files is missing.
+            ValueError: a file is damaged, or does not fit the model (another rank, another base model);
+                names the file, the key and both shapes. The model is then as it was.
+        """
+        from bayeslora.posterior_files import load_posterior
+
+        return load_posterior(model, path)
+
+    def save_pretrained(self, path: str | PathLike[str]) -> None:
+        """Write the PEFT adapter at the mean, and the posterior beside it.
+
+        The folder holds ``adapter_config.json`` and ``adapter_model.safetensors`` (PEFT's own format, mean
+        in fp32), ``posterior.safetensors`` (fp32 Hessian, PEFT's key names) and ``posterior_config.json``.
+
+        Args:
+            path: the folder, made if it does not exist.
+
+        Raises:
+            TypeError: the model is not a PEFT model.
+            ValueError: a parameter of the posterior is not part of the adapter.
+        """
+        from bayeslora.posterior_files import save_posterior
+
+        save_posterior(self, path)
+
+    # ---- samples ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def sample(self, seed: int, variance_scale: float = 1.0) -> Iterator[None]:
+        """Put sample ``seed`` into the model's parameters; put back what they held at the end.
+
+        θ = m + sqrt(variance_scale) · σ z(seed), cast to each parameter's dtype.
+
+        Args:
+            seed: 64-bit name of the sample.
+            variance_scale: factor on the variance, >= 0 (0: the mean).
+
+        Raises:
+            ValueError: ``variance_scale`` is negative or not finite.
+        """
+        _check_variance_scale(variance_scale)
+        buckets = self._current_buckets()
+        tensors = [p for bucket in buckets for p in bucket.params]
+        before = [p.detach().clone() for p in tensors]
+        try:
+            self._write_sample(buckets, seed, variance_scale)
+            yield
+        finally:
+            with torch.no_grad():
+                for p, value in zip(tensors, before, strict=True):
+                    p.copy_(value)
+
+    def _write_sample(self, buckets: Sequence[ParamBucket], seed: int, variance_scale: float) -> None:
+        groups = self._hyper_groups()
+        table = [[0.0, 0.0, 0.0, decay, ess, math.inf, variance_scale] for ess, decay in groups]
+        for bucket in buckets:
+            bucket.set_hyper([row + [0.0] * (HYPER_WIDTH - len(row)) for row in table])
+            ivon_kernels(bucket.device).ivon_sample(bucket, seed=seed, draw=0, adopt=False)
+
+    def _hyper_groups(self) -> list[tuple[float, float]]:
+        """Return the distinct (ess, weight_decay) pairs, in a fixed order."""
+        return list(dict.fromkeys((g.ess, g.weight_decay) for g in self.parameters.values()))
+
+    def _current_buckets(self) -> list[ParamBucket]:
+        """Return the buckets of the kernels, made anew if a parameter was moved or cast."""
+        key = [
+            (g.parameter.data_ptr(), g.parameter.dtype, g.parameter.device) for g in self.parameters.values()
+        ]
+        if self._buckets is None or key != self._bucket_key:
+            self._buckets, self._bucket_key = self._make_buckets(), key
+        return self._buckets
+
+    def _make_buckets(self) -> list[ParamBucket]:
+        groups = self._hyper_groups()
+        members: dict[tuple[torch.device, torch.dtype], list[GaussianParameter]] = {}
+        for g in self.parameters.values():
+            p = g.parameter
+            members.setdefault((p.device, state_dtype(p.dtype)), []).append(g)
+        buckets = []
+        for gaussians in members.values():
+            bucket = ParamBucket(
+                [g.parameter for g in gaussians],
+                [g.stream for g in gaussians],
+                [groups.index((g.ess, g.weight_decay)) for g in gaussians],
+                with_momentum=False,
+                num_groups=len(groups),
+            )
+            bucket.hess.fill_(1.0)
+            for i, g in enumerate(gaussians):
+                bucket.view(bucket.mean, i).copy_(g.mean)
+                bucket.view(bucket.hess, i).copy_(g.hess)
+            buckets.append(bucket)
+        return buckets
+
+    @torch.no_grad()
+    def predict(
+        self, batch: Any, num_samples: int = 10, seed: int = 0, variance_scale: float = 1.0
+    ) -> Tensor:
+        """Return the posterior predictive probabilities, (1/S) Σ_s softmax(model(batch; θ_s)).
+
+        Sample s is ``sample(seed + s)``. The model is in eval mode meanwhile.
+
+        Args:
+            batch: a mapping (passed as keyword arguments), a tensor, or a tuple of positional arguments.
+            num_samples: S >= 1.
+            seed: name of the first sample.
+            variance_scale: factor on the variance, >= 0.
+
+        Returns:
+            fp32 probabilities ``(batch, ..., classes)``, in the shape of the model's logits.
+
+        Raises:
+            ValueError: ``num_samples`` or ``variance_scale`` is out of range.
+        """
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be >= 1, got {num_samples!r}")
+        _check_variance_scale(variance_scale)
+        total: Tensor | None = None
+        with _eval_mode(self.model):
+            for s in range(num_samples):
+                with self.sample(seed + s, variance_scale):
+                    probabilities = _logits(_call(self.model, batch)).float().softmax(dim=-1)
+                total = probabilities if total is None else total.add_(probabilities)
+        assert total is not None
+        return total.div_(num_samples)
+
+    # ---- the Gaussian itself ---------------------------------------------------------------------
+
+    @property
+    def mean(self) -> dict[str, Tensor]:
+        """The mean m of each parameter, by name."""
+        return {name: g.mean for name, g in self.parameters.items()}
+
+    @property
+    def variance(self) -> dict[str, Tensor]:
+        """The variance σ² = 1 / (λ (h + δ)) of each parameter, by name; 0 where it is pruned."""
+        return {name: 1.0 / (g.ess * (g.hess + g.weight_decay)) for name, g in self.parameters.items()}
+
+    @torch.no_grad()
+    def prune(self, ratio: float) -> int:
+        """Zero the elements with the largest variance, per weight matrix, in the mean and every sample.
+
+        In each tensor of two or more dimensions, ``floor(ratio · numel)`` elements are zero afterwards;
+        those pruned before count, so calling it twice with one ratio changes nothing.
+
+        Args:
+            ratio: fraction to prune, in [0, 1).
+
+        Returns:
+            The number of pruned elements over all tensors.
+
+        Raises:
+            ValueError: ``ratio`` is out of range.
+        """
+        if not 0.0 <= ratio < 1.0:
+            raise ValueError(f"ratio must be in [0, 1), got {ratio!r}")
+        total = 0
+        for g in self.parameters.values():
+            hess = g.hess.view(-1)
+            if g.hess.dim() >= 2:
+                # Within a tensor the variance falls with h; what is pruned already (h = inf) ranks first.
+                rank = torch.where(torch.isinf(hess), -math.inf, hess)
+                chosen = torch.argsort(rank, stable=True)[: math.floor(ratio * hess.numel())]
+                hess[chosen] = math.inf
+                pruned = torch.isinf(g.hess)
+                g.mean.masked_fill_(pruned, 0.0)
+                g.parameter.masked_fill_(pruned.to(g.parameter.device), 0.0)
+            total += int(torch.isinf(hess).sum())
+        self.pruned.append(ratio)
+        self._buckets = None
+        return total
+
+
+def _check_variance_scale(variance_scale: float) -> None:
+    if not 0.0 <= variance_scale < math.inf:
+        raise ValueError(f"variance_scale must be finite and >= 0, got {variance_scale!r}")
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _call(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, tuple) else model(batch)
+
+
+def _logits(output: Any) -> Tensor:
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"the model must return logits or have .logits in its output, got {type(output).__name__}"
+        )
+    return logits
