@@ -1,0 +1,220 @@
+"""Swap PEFT's LoRA Linear layers for fused ones in place, and back.
+
+A patched layer changes its class and nothing else: parameters, submodules, state-dict keys and hooks
+stay, and it is still a ``peft.tuners.lora.Linear`` by ``isinstance``. Each call decides anew whether the
+fused forward (``lora_linear.py``) can serve it; where it cannot, PEFT's own forward does.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+from peft.tuners.lora.layer import Linear as PeftLoraLinear
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+
+from .lora_linear import lora_linear
+
+_logger = logging.getLogger("bayeslora")
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+_FLOAT_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+_QUANTIZED_MODULES = frozenset({"aqlm", "awq", "bnb", "eetq", "gptq", "hqq", "inc", "torchao"})
+_VARIANT_NAMES = {
+    "ALoraLinearVariant": "aLoRA",
+    "DoraLinearVariant": "DoRA",
+    "MontecloraLinearVariant": "MonteCLoRA",
+}
+
+
+class FusedLoraLinear(PeftLoraLinear):
+    """A PEFT LoRA Linear layer whose forward and backward are one autograd function.
+
+    Not constructed: `patch` assigns it as the class of an existing layer.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Apply the layer; arguments and result are those of PEFT's own forward."""
+        if not (args or kwargs or self._disable_adapters or self.merged_adapters):
+            adapters = _active_adapters(self)
+            if len(adapters) == 1 and _unsupported(self, adapters[0]) is None and _fits(self, x):
+                return _fused_forward(self, x, adapters[0])
+        return super().forward(x, *args, **kwargs)
+
+
+def _active_adapters(layer: LoraLayer) -> list[str]:
+    """Return the names of the active adapters that ``layer`` holds."""
+    active = layer._active_adapter
+    held = layer.lora_A._modules
+    return [name for name in ((active,) if isinstance(active, str) else active) if name in held]
+
+
+def _weight_is_transposed(base_type: type) -> bool | None:
+    """Tell how a base layer's class stores its weight; None for a class that is not supported."""
+    if base_type is nn.Linear:
+        return False
+    if (base_type.__module__, base_type.__name__) == ("transformers.pytorch_utils", "Conv1D"):
+        return True
+    return None
+
+
+def _is_altered(module: nn.Module) -> bool:
+    """Tell whether calling ``module`` does more than its class's forward: hooks, or a forward of its own."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _unsupported_base(base: Any) -> str | None:
+    """Return why the fused forward cannot stand in for the base layer, or None if it can."""
+    if _weight_is_transposed(type(base)) is None:
+        return f"base layer {type(base).__name__}"
+    if _is_altered(base):
+        return "hooks or an own forward on the base layer"
+    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
+    if type(weight) is not nn.Parameter or weight.dtype not in _FLOAT_DTYPES:
+        return "base weight of another tensor class or dtype"
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        return "trainable base layer"
+    return None
+
+
+def _unsupported_adapter(lora_a: Any, lora_b: Any, dropout: Any) -> str | None:
+    """Return why the fused forward cannot stand in for the adapter's submodules, or None if it can."""
+    if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
+        return f"adapter layers {type(lora_a).__name__} and {type(lora_b).__name__}"
+    if type(dropout) is not nn.Identity and not (type(dropout) is nn.Dropout and dropout.p < 1.0):
+        return f"dropout {dropout}"
+    if _is_altered(lora_a) or _is_altered(lora_b) or _is_altered(dropout):
+        return "hooks or an own forward on the adapter"
+    a, b = lora_a._parameters, lora_b._parameters
+    if a["bias"] is not None or b["bias"] is not None:
+        return "bias in the adapter"
+    if type(a.get("weight")) is not nn.Parameter or type(b.get("weight")) is not nn.Parameter:
+        return "adapter weight of another tensor class"
+    return None
+
+
+def _unsupported(layer: Any, adapter: str) -> str | None:
+    """Return why the fused forward cannot serve ``layer`` with ``adapter``, or None if it can.
+
+    Runs at every call of a patched layer, so it and its parts read module dictionaries, not attributes.
+    """
+    if adapter in layer.lora_variant:
+        name = type(layer.lora_variant[adapter]).__name__
+        return _VARIANT_NAMES.get(name, name.removesuffix("LinearVariant"))
+    if type(layer.scaling[adapter]) not in (float, int):
+        return "scaling that is not a number"
+    modules: Any = layer._modules
+    return _unsupported_base(modules["base_layer"]) or _unsupported_adapter(
+        modules["lora_A"]._modules[adapter],
+        modules["lora_B"]._modules[adapter],
+        modules["lora_dropout"]._modules[adapter],
+    )
+
+
+def _fits(layer: PeftLoraLinear, x: Tensor) -> bool:
+    """Tell whether the fused forward takes this input; PEFT's reports what is wrong with any other."""
+    if not isinstance(x, Tensor) or torch._C._are_functorch_transforms_active():
+        return False
+    return x.dtype == layer.weight.dtype or torch.is_autocast_enabled(x.device.type)
+
+
+def _fused_forward(layer: PeftLoraLinear, x: Tensor, adapter: str) -> Tensor:
+    modules: Any = layer._modules
+    base = modules["base_layer"]
+    weight = base._parameters["weight"]
+    dropout = modules["lora_dropout"]._modules[adapter]
+    return lora_linear(
+        x,
+        weight.t() if _weight_is_transposed(type(base)) else weight,
+        base._parameters["bias"],
+        modules["lora_A"]._modules[adapter]._parameters["weight"],
+        modules["lora_B"]._modules[adapter]._parameters["weight"],
+        layer.scaling[adapter],
+        dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0,
+    )
+
+
+def _lora_layers(model: nn.Module) -> Iterator[LoraLayer]:
+    return (module for module in model.modules() if isinstance(module, LoraLayer))
+
+
+def _held_adapters(layer: LoraLayer) -> set[str]:
+    return {*layer.lora_A.keys(), *layer.lora_embedding_A.keys()}
+
+
+def _reason_to_leave(layer: LoraLayer, adapter_name: str | None) -> str | None:
+    """Return why `patch` leaves ``layer`` to PEFT, or None if it swaps its class."""
+    kind = type(layer)
+    if kind not in (PeftLoraLinear, FusedLoraLinear):
+        if kind.__module__.rpartition(".")[2] in _QUANTIZED_MODULES:
+            return f"quantized base ({type(layer.get_base_layer()).__name__})"
+        return kind.__name__
+    if "forward" in layer.__dict__:
+        return "an own forward on the layer"
+    adapters = _active_adapters(layer) if adapter_name is None else [adapter_name]
+    reasons = [_unsupported(layer, name) for name in adapters if name in layer.lora_A]
+    if not reasons:
+        return "no such adapter in the layer"
+    return None if None in reasons else reasons[0]
+
+
+def patch(model: _Model, adapter_name: str | None = None) -> _Model:
+    """Swap the class of every PEFT LoRA Linear layer that the fused forward supports, in place.
+
+    Training, saving, loading, merging, switching and disabling adapters work as before. A patched layer
+    computes its LoRA term in the activations' dtype (autocast's under autocast). It uses PEFT's own
+    forward whenever the call is one that the fused forward does not cover: merged or disabled adapters,
+    several active adapters, ``adapter_names`` batches, DoRA and other variants, a bias in the adapter,
+    hooks on the layer's submodules, a trainable or quantized base layer. Logs one line, at INFO to the
+    logger "bayeslora", that says how many layers were patched and how many were left and why.
+
+    Args:
+        model: a model with LoRA layers: a ``PeftModel``, or any module that contains some.
+        adapter_name: the adapter that decides which layers are supported; None for the active one.
+
+    Returns:
+        ``model`` itself. Patching again changes nothing; `unpatch` undoes it.
+
+    Raises:
+        ValueError: ``model`` has no LoRA layers, or none of them holds ``adapter_name``.
+    """
+    layers = list(_lora_layers(model))
+    if not layers:
+        raise ValueError(
+            f"model ({type(model).__name__}) has no LoRA layers; "
+            "add some first: model = peft.get_peft_model(model, peft.LoraConfig(...))"
+        )
+    if adapter_name is not None:
+        held = sorted(set().union(*map(_held_adapters, layers)))
+        if adapter_name not in held:
+            raise ValueError(f"adapter_name is {adapter_name!r}; the model's adapters are {held}")
+    left: Counter[str] = Counter()
+    for layer in layers:
+        reason = _reason_to_leave(layer, adapter_name)
+        if reason is None:
+            layer.__class__ = FusedLoraLinear
+        else:
+            left[reason] += 1
+    patched = len(layers) - left.total()
+    detail = ", ".join(f"{reason}: {count}" for reason, count in left.most_common())
+    _logger.info(
+        "patched %d of %d LoRA layers%s", patched, len(layers), f"; left to PEFT: {detail}" if left else ""
+    )
+    return model
+
+
+def unpatch(model: _Model) -> _Model:
+    """Give every layer that `patch` changed its own class back, in place; return ``model`` itself."""
+    for module in model.modules():
+        if type(module) is FusedLoraLinear:
+            module.__class__ = PeftLoraLinear  # type: ignore[assignment]
+    return model
