@@ -17,13 +17,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bayeslora._backend import ivon_kernels
-from bayeslora.kernels.param_bucket import HYPER_WIDTH, NONFINITE, SKIPPED, STEP, ParamBucket, state_dtype
+from bayeslora.ivon_state import STATE_KEYS, BucketStore, check_group, check_saved_state, dense_grads
+from bayeslora.kernels.param_bucket import NONFINITE, ParamBucket, state_dtype
 
 if TYPE_CHECKING:
     from bayeslora.posterior import GaussianParameter, Posterior
 
 _EVAL_DRAWS = 1 << 31  # draws from here on belong to evaluation; training draws count from 1
-_STATE_KEYS = ("mean", "momentum", "hess")
 _PICKLED = (
     "mc_samples",
     "hess_approx",
@@ -32,10 +32,10 @@ _PICKLED = (
     "rescale_lr",
     "skip_nonfinite",
     "_seed",
-    "_train_draws",
     "_eval_draws",
     "_held",
     "_pending",
+    "_samples",
     "_folded",
     "_folded_active",
     "_from_context",
@@ -44,11 +44,19 @@ _PICKLED = (
 
 @dataclass(frozen=True)
 class _Noise:
-    """Names one posterior sample: the key and the draw of its noise, and the factor on the variance."""
+    """Names one posterior sample.
+
+    Args:
+        seed: key of the noise.
+        draw: index of the sample; of a training sample, its number within the step, counted from 1.
+        variance_scale: factor on the variance.
+        train: whether it is a training sample.
+    """
 
     seed: int
     draw: int
     variance_scale: float = 1.0
+    train: bool = False
 
 
 class IVON(torch.optim.Optimizer):
@@ -142,7 +150,8 @@ class IVON(torch.optim.Optimizer):
         self.rescale_lr = rescale_lr
         self.skip_nonfinite = skip_nonfinite
         self._seed = seed
-        self._reset_run()
+        self._eval_draws = 0
+        self._reset_samples()
         defaults = {
             "lr": lr,
             "beta1": beta1,
@@ -152,20 +161,21 @@ class IVON(torch.optim.Optimizer):
             "ess": ess,
             "clip_radius": clip_radius,
         }
-        _check_group(defaults)
+        check_group(defaults)
         super().__init__(params, defaults)
 
-    def _reset_run(self) -> None:
-        self._train_draws = 0  # training samples drawn so far: the current one's draw
-        self._eval_draws = 0
+    def _reset_samples(self) -> None:
         self._held: _Noise | None = None  # the sample in the parameters; None: the mean
-        self._pending: _Noise | None = None  # the training sample that p.grad belongs to
-        self._folded = 0  # finished samples in the running means
-        self._folded_active: set[int] = set()  # streams that had a gradient in one of them
+        self._forget_samples()
         self._from_context = False  # the pending sample came from sampled_params, not train()
         self._wrapping_closure = False
-        self._buckets: list[ParamBucket] | None = None
-        self._bucket_key: list[Any] = []
+        self._store = BucketStore(self)
+
+    def _forget_samples(self) -> None:
+        self._pending: _Noise | None = None  # the training sample that p.grad belongs to
+        self._samples = 0  # training samples drawn in this step
+        self._folded = 0  # how many of them are finished and in the running means
+        self._folded_active: set[int] = set()  # streams that had a gradient in one of those
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; its tensors' noise streams follow those of the groups before it.
@@ -179,7 +189,7 @@ class IVON(torch.optim.Optimizer):
         """
         if self._held is not None:
             raise ValueError("add_param_group() while a sample is in the parameters; call opt.eval() first")
-        _check_group({**self.defaults, **param_group})
+        check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:
             if not p.is_floating_point():
@@ -265,37 +275,33 @@ class IVON(torch.optim.Optimizer):
         self._show(None)
 
     def _draw(self) -> None:
-        self._train_draws += 1
         rank = dist.get_rank() if self.sync and dist.is_initialized() else 0
-        noise = _Noise(self._seed + rank, self._train_draws)
+        noise = _Noise(self._seed + rank, self._samples + 1, train=True)
         self._show(noise)
         self._pending = noise
+        self._samples += 1
 
     def _show(self, noise: _Noise | None) -> None:
         """Make the parameters hold the named sample, or the mean."""
         if noise == self._held:
             return
-        for bucket in self._current_buckets():
+        for bucket in self._store.current():
             kernels = ivon_kernels(bucket.device)
             if noise is None:
                 kernels.ivon_restore(bucket)
             else:
-                self._set_hyper(bucket, noise.variance_scale)
-                kernels.ivon_sample(bucket, seed=noise.seed, draw=noise.draw, adopt=self._held is None)
+                self._store.set_hyper(bucket, noise.variance_scale, self.rescale_lr)
+                adopt = self._held is None
+                kernels.ivon_sample(bucket, seed=noise.seed, draw=noise.draw, train=noise.train, adopt=adopt)
         self._held = noise
-
-    def _forget_samples(self) -> None:
-        self._pending = None
-        self._folded = 0
-        self._folded_active.clear()
 
     def _fold(self) -> None:
         """Move the pending sample's gradient from ``p.grad`` into the running means over samples."""
         assert self._pending is not None
         self._folded += 1
-        for bucket in self._current_buckets():
-            grads = _grads(bucket)
-            self._set_hyper(bucket, 1.0)
+        for bucket in self._store.current():
+            grads = dense_grads(bucket)
+            self._store.set_hyper(bucket, 1.0, self.rescale_lr)
             ivon_kernels(bucket.device).ivon_fold(
                 bucket,
                 grads,
@@ -344,7 +350,7 @@ class IVON(torch.optim.Optimizer):
             )
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        buckets = self._current_buckets()
+        buckets = self._store.current()
         averaged = self._average_samples(buckets, found_inf is not None and grad_scale is None)
         self._update(buckets, averaged, grad_scale, found_inf)
         self._held = None
@@ -390,13 +396,13 @@ class IVON(torch.optim.Optimizer):
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        grads = [None if averaged else _grads(bucket) for bucket in buckets]
+        grads = [None if averaged else dense_grads(bucket) for bucket in buckets]
         check = self.skip_nonfinite and found_inf is None
         if check and len(buckets) > 1:
             self._check_together(buckets, grads)
         noise = self._pending or _Noise(0, 0)
         for bucket, bucket_grads in zip(buckets, grads, strict=True):
-            self._set_hyper(bucket, 1.0)
+            self._store.set_hyper(bucket, 1.0, self.rescale_lr)
             if bucket_grads is None:
                 active = [stream in self._folded_active for stream in bucket.streams]
             else:
@@ -407,6 +413,7 @@ class IVON(torch.optim.Optimizer):
                 active,
                 seed=noise.seed,
                 draw=noise.draw,
+                draws=self._samples,
                 price=self.hess_approx == "price",
                 debias=self.debias,
                 check=check and len(buckets) == 1,
@@ -427,37 +434,27 @@ class IVON(torch.optim.Optimizer):
     @property
     def skipped_steps(self) -> int:
         """Steps dropped for non-finite gradients so far. Reading it waits for the device."""
-        return self._counters()[1]
+        return self._store.counters()[1]
 
-    def _counters(self) -> tuple[int, int]:
-        """Return (steps taken, steps skipped), from the device if they are there."""
-        if self._buckets:
-            control = self._buckets[0].control.tolist()
-            return control[STEP], control[SKIPPED]
-        group = self.param_groups[0]
-        return group.get("step", 0), group.get("skipped", 0)
-
+    @torch.no_grad()
     def gaussians(self) -> Iterator[tuple[Tensor, GaussianParameter]]:
         """Put the mean into the parameters and yield each trained one with a copy of its Gaussian."""
         from bayeslora.posterior import GaussianParameter
 
         self.eval()
-        for bucket in self._current_buckets():
-            for i, p in enumerate(bucket.params):
-                group = self.param_groups[bucket.param_groups[i]]
-                mean = bucket.view(bucket.mean, i).clone()
-                changed = mean.to(p.dtype) != p.detach()
-                yield (
-                    p,
-                    GaussianParameter(
-                        parameter=p,
-                        mean=torch.where(changed, p.detach().to(mean.dtype), mean),
-                        hess=bucket.view(bucket.hess, i).clone(),
-                        stream=bucket.streams[i],
-                        ess=float(group["ess"]),
-                        weight_decay=float(group["weight_decay"]),
-                    ),
-                )
+        for bucket, index, p in self._store.views():
+            group = self.param_groups[bucket.param_groups[index]]
+            mean = bucket.view(bucket.mean, index).clone()
+            changed = mean.to(p.dtype) != p
+            gaussian = GaussianParameter(
+                parameter=p,
+                mean=torch.where(changed, p.to(mean.dtype), mean),
+                hess=bucket.view(bucket.hess, index).clone(),
+                stream=bucket.streams[index],
+                ess=float(group["ess"]),
+                weight_decay=float(group["weight_decay"]),
+            )
+            yield p, gaussian
 
     def posterior(self, model: nn.Module) -> Posterior:
         """Return the posterior that this optimizer has learned; same as ``Posterior.from_optimizer``."""
@@ -465,94 +462,18 @@ class IVON(torch.optim.Optimizer):
 
         return Posterior.from_optimizer(model, self)
 
-    # ---- buckets ---------------------------------------------------------------------------------
-
-    def _current_buckets(self) -> list[ParamBucket]:
-        """Return the buckets, made anew if a parameter was moved, cast, frozen, thawed or added."""
-        key = [
-            (p.data_ptr(), p.shape, p.dtype, p.device, p.requires_grad)
-            for group in self.param_groups
-            for p in group["params"]
-        ]
-        if self._buckets is None or key != self._bucket_key:
-            self._rebuild_buckets()
-            self._bucket_key = key
-        assert self._buckets is not None
-        return self._buckets
-
-    def _rebuild_buckets(self) -> None:
-        steps, skipped = self._counters()
-        if self._buckets and self._folded:
-            raise RuntimeError("a parameter changed device, dtype or requires_grad within a step")
-        powers = self._beta1_powers()
-        members: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, int, int]]] = {}
-        stream = 0
-        for index, group in enumerate(self.param_groups):
-            for p in group["params"]:
-                if p.requires_grad:
-                    members.setdefault((p.device, state_dtype(p.dtype)), []).append((p, stream, index))
-                stream += 1
-        self._buckets = []
-        for entries in members.values():
-            params, streams, groups = zip(*entries, strict=True)
-            bucket = ParamBucket(params, streams, groups, num_groups=len(self.param_groups))
-            bucket.control[STEP], bucket.control[SKIPPED] = steps, skipped
-            bucket.beta1_power.copy_(torch.tensor(powers, dtype=torch.float64))
-            bucket.hess.fill_(1.0)
-            for i, p in enumerate(params):
-                self._place_state(bucket, i, p)
-            self._buckets.append(bucket)
-
-    @torch.no_grad()
-    def _place_state(self, bucket: ParamBucket, index: int, p: Tensor) -> None:
-        """Move a parameter's state into the bucket's flat buffers; start it if it has none."""
-        old = self.state[p]
-        group = self.param_groups[bucket.param_groups[index]]
-        start: dict[str, Any] = {"mean": p.detach(), "momentum": 0.0, "hess": float(group["hess_init"])}
-        new = {}
-        for name in _STATE_KEYS:
-            flat = getattr(bucket, name)
-            new[name] = bucket.view(flat, index)
-            value = old.get(name, start[name])
-            if isinstance(value, Tensor):
-                new[name].copy_(value)
-            else:
-                new[name].fill_(value)
-        self.state[p] = new
-
-    def _beta1_powers(self) -> list[float]:
-        """Return β1^(steps taken) of each group."""
-        if not self._buckets:
-            return [group.get("beta1_power", 1.0) for group in self.param_groups]
-        known = self._buckets[0].beta1_power.tolist()
-        return known + [1.0] * (len(self.param_groups) - len(known))
-
-    def _set_hyper(self, bucket: ParamBucket, variance_scale: float) -> None:
-        table = []
-        for group in self.param_groups:
-            lr = float(group["lr"])
-            if self.rescale_lr:
-                lr *= group["hess_init"] + group["weight_decay"]
-            row = [lr, *(float(group[k]) for k in ("beta1", "beta2", "weight_decay", "ess", "clip_radius"))]
-            row.append(variance_scale)
-            table.append(row + [0.0] * (HYPER_WIDTH - len(row)))
-        bucket.set_hyper(table)
-
     # ---- saving and loading ----------------------------------------------------------------------
 
     def _write_counters(self) -> None:
-        steps, skipped = self._counters()
-        powers = self._beta1_powers()
-        # A sample whose step is still to come is drawn again after loading.
-        draws = self._train_draws - (self._folded + (self._pending is not None))
-        for group, power in zip(self.param_groups, powers, strict=True):
-            group.update(step=steps, skipped=skipped, beta1_power=power)
-            group.update(seed=self._seed, train_draws=draws, eval_draws=self._eval_draws)
+        self._store.write_counters()
+        for group in self.param_groups:
+            group.update(seed=self._seed, eval_draws=self._eval_draws)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state: fp32 mean, momentum and hess of each parameter, and the counters of the noise.
 
-        Loading it (after the model's weights) continues the run bit for bit.
+        Loading it (after the model's weights) continues the run bit for bit; a sample whose step is still
+        to come is then drawn again.
         """
         self._write_counters()
         return super().state_dict()
@@ -567,20 +488,18 @@ class IVON(torch.optim.Optimizer):
             ValueError: the groups, keys or shapes do not fit; the optimizer is then as it was.
         """
         saved_state = state_dict["state"]
-        _check_saved_state(self.param_groups, state_dict)
+        check_saved_state(self.param_groups, state_dict)
         self._show(None)
         super().load_state_dict({**state_dict, "state": {}})
         params = [p for group in self.param_groups for p in group["params"]]
-        self._reset_run()
         self.state.clear()
         for index, values in saved_state.items():
             p = params[index]
             dtype = state_dtype(p.dtype)
-            self.state[p] = {k: values[k].detach().to(p.device, dtype, copy=True) for k in _STATE_KEYS}
-        first = self.param_groups[0]
-        self._seed = first.get("seed", self._seed)
-        self._train_draws = first.get("train_draws", 0)
-        self._eval_draws = first.get("eval_draws", 0)
+            self.state[p] = {k: values[k].detach().to(p.device, dtype, copy=True) for k in STATE_KEYS}
+        self._reset_samples()
+        self._seed = self.param_groups[0].get("seed", self._seed)
+        self._eval_draws = self.param_groups[0].get("eval_draws", 0)
 
     def __getstate__(self) -> dict[str, Any]:
         self._write_counters()
@@ -589,60 +508,6 @@ class IVON(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._wrapping_closure = False
-        self._buckets, self._bucket_key = None, []
+        self._store = BucketStore(self)
         if self._folded:  # the running means stayed behind
             self._forget_samples()
-
-
-def _grads(bucket: ParamBucket) -> list[Tensor | None]:
-    grads = [p.grad for p in bucket.params]
-    for p, g in zip(bucket.params, grads, strict=True):
-        if g is not None and g.layout != torch.strided:
-            raise RuntimeError(
-                f"IVON needs dense gradients, got layout {g.layout} for shape {tuple(p.shape)}"
-            )
-    return grads
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    """Check the ranges of a group's hyperparameters.
-
-    Raises:
-        ValueError: naming the first that is out of range.
-    """
-    ranges: dict[str, tuple[str, Callable[[float], bool]]] = {
-        "lr": ("finite and >= 0", lambda v: 0.0 <= v < math.inf),
-        "ess": ("finite and > 0", lambda v: 0.0 < v < math.inf),
-        "hess_init": ("finite and > 0", lambda v: 0.0 < v < math.inf),
-        "beta1": ("in [0, 1]", lambda v: 0.0 <= v <= 1.0),
-        "beta2": ("in [0, 1]", lambda v: 0.0 <= v <= 1.0),
-        "weight_decay": ("finite and >= 0", lambda v: 0.0 <= v < math.inf),
-        "clip_radius": ("> 0", lambda v: v > 0.0),
-    }
-    for name, (range_text, fits) in ranges.items():
-        if not fits(float(group[name])):
-            raise ValueError(f"{name} must be {range_text}, got {group[name]!r}")
-
-
-def _check_saved_state(param_groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> None:
-    """Check a saved state against the parameters before anything is changed.
-
-    Raises:
-        ValueError: naming what does not fit.
-    """
-    sizes = [len(g["params"]) for g in param_groups]
-    saved = [len(g["params"]) for g in state_dict["param_groups"]]
-    if sizes != saved:
-        raise ValueError(f"state_dict has parameter groups of sizes {saved}, this optimizer has {sizes}")
-    params = [p for group in param_groups for p in group["params"]]
-    for index, values in state_dict["state"].items():
-        for key in _STATE_KEYS:
-            if key not in values:
-                raise ValueError(
-                    f"state_dict of parameter {index} has no {key!r}; is it from an IVON optimizer?"
-                )
-            if values[key].shape != params[index].shape:
-                raise ValueError(
-                    f"state_dict: {key!r} of parameter {index} has shape {tuple(values[key].shape)}, "
-                    f"the parameter has {tuple(params[index].shape)}"
-                )

@@ -44,8 +44,9 @@ _LR, _BETA1, _BETA2 = tl.constexpr(pb.LR), tl.constexpr(pb.BETA1), tl.constexpr(
 _WEIGHT_DECAY, _ESS = tl.constexpr(pb.WEIGHT_DECAY), tl.constexpr(pb.ESS)
 _CLIP_RADIUS, _VARIANCE_SCALE = tl.constexpr(pb.CLIP_RADIUS), tl.constexpr(pb.VARIANCE_SCALE)
 _GRAD_WIDTH = tl.constexpr(pb.GRAD_WIDTH)
-_STEP, _SKIPPED, _NONFINITE = tl.constexpr(pb.STEP), tl.constexpr(pb.SKIPPED), tl.constexpr(pb.NONFINITE)
-_ARRIVED, _DONE = tl.constexpr(pb.ARRIVED), tl.constexpr(pb.DONE)
+_STEP, _SKIPPED, _DRAWS = tl.constexpr(pb.STEP), tl.constexpr(pb.SKIPPED), tl.constexpr(pb.DRAWS)
+_NONFINITE, _ARRIVED = tl.constexpr(pb.NONFINITE), tl.constexpr(pb.ARRIVED)
+_DONE = tl.constexpr(pb.DONE)
 
 
 @triton.jit
@@ -114,14 +115,19 @@ def _ivon_sample_kernel(
     mean_ptr,  # DTYPE [size]
     hess_ptr,  # DTYPE [size]
     hyper_ptr,  # fp64 [groups, HYPER_WIDTH]
+    control_ptr,  # int64 [CONTROL_WIDTH]
     seed,
     draw,
     BLOCK: tl.constexpr,
     DTYPE: tl.constexpr,
     ADOPT: tl.constexpr,
     PERTURB: tl.constexpr,
+    TRAIN: tl.constexpr,
 ):
     tile = tl.program_id(0)
+    draw = draw.to(tl.int64)
+    if TRAIN:
+        draw += tl.load(control_ptr + _DRAWS)
     _, row_ptr, index, mask, group_start = _locate(rows_ptr, tile_tensor_ptr, tile, BLOCK)
     address = tl.load(row_ptr + _PARAM_PTR)
     code = tl.load(row_ptr + _DTYPE)
@@ -174,6 +180,7 @@ def _ivon_fold_kernel(
     avg_grad_ptr,  # DTYPE [size]
     avg_curvature_ptr,  # DTYPE [size]
     hyper_ptr,  # fp64 [groups, HYPER_WIDTH]
+    control_ptr,  # int64 [CONTROL_WIDTH]
     seed,
     draw,
     count,
@@ -189,6 +196,7 @@ def _ivon_fold_kernel(
     decay = _hyper(hyper_ptr, row_ptr, _WEIGHT_DECAY).to(DTYPE)
     ess = _hyper(hyper_ptr, row_ptr, _ESS).to(DTYPE)
     stream = tl.load(row_ptr + _STREAM)
+    draw = draw.to(tl.int64) + tl.load(control_ptr + _DRAWS)
     f = _curvature(grad, hess, decay, ess, seed, draw, stream, group_start, BLOCK, DTYPE, PRICE)
     avg_grad = tl.load(avg_grad_ptr + flat, mask=mask, other=0.0)
     avg_curvature = tl.load(avg_curvature_ptr + flat, mask=mask, other=0.0)
@@ -313,7 +321,7 @@ def _update_tile(
     _store_as(tl.load(row_ptr + _PARAM_PTR), tl.load(row_ptr + _DTYPE), index, mean, mask)
 
 
-@triton.jit(do_not_specialize=["seed", "draw", "num_tiles", "num_groups"])
+@triton.jit(do_not_specialize=["seed", "draw", "draws", "num_tiles", "num_groups"])
 def _ivon_step_kernel(
     rows_ptr,  # int64 [tensors, ROW_WIDTH]
     tile_tensor_ptr,  # int32 [tiles]
@@ -332,6 +340,7 @@ def _ivon_step_kernel(
     found_inf_ptr,  # fp32 [1], read if FOUND_INF
     seed,
     draw,
+    draws,  # training samples of this step
     BLOCK: tl.constexpr,
     DTYPE: tl.constexpr,
     PRICE: tl.constexpr,
@@ -354,6 +363,7 @@ def _ivon_step_kernel(
     skip = tl.atomic_add(control_ptr + _NONFINITE, 0, sem="acquire")
     if FOUND_INF:
         skip += (tl.load(found_inf_ptr) != 0).to(tl.int64)
+    draw = draw.to(tl.int64) + tl.load(control_ptr + _DRAWS)
     inverse_scale = tl.full([], 1.0, DTYPE)
     if SCALED:
         inverse_scale = 1.0 / tl.load(grad_scale_ptr).to(DTYPE)
@@ -390,6 +400,7 @@ def _ivon_step_kernel(
                 tl.store(beta1_power_ptr + group, tl.load(beta1_power_ptr + group) * beta1)
         else:
             tl.store(control_ptr + _SKIPPED, tl.load(control_ptr + _SKIPPED) + 1)
+        tl.store(control_ptr + _DRAWS, tl.load(control_ptr + _DRAWS) + draws)
         tl.store(control_ptr + _NONFINITE, 0)
         tl.store(control_ptr + _ARRIVED, 0)
         tl.store(control_ptr + _DONE, 0)
@@ -416,25 +427,31 @@ def _resident_programs(bucket: ParamBucket, num_tiles: int) -> int:
     return min(num_tiles, _BLOCKS_PER_SM * multiprocessors)
 
 
-def ivon_sample(bucket: ParamBucket, *, seed: int, draw: int, adopt: bool = True) -> None:
+def ivon_sample(
+    bucket: ParamBucket, *, seed: int, draw: int, train: bool = False, adopt: bool = True
+) -> None:
     """Write the posterior sample ``m + sqrt(variance_scale) · σ z`` into the parameters, in one launch.
 
     Args:
         bucket: the tensors. ``bucket.set_hyper`` must have been called.
         seed: 64-bit key of the noise.
-        draw: index of the sample.
+        draw: index of the sample; with ``train``, its number within the current step (1, 2, ...), to
+            which the device adds the draws of the steps before.
+        train: see ``draw``.
         adopt: the parameters hold the mean now; where one does not equal the stored mean (somebody
             loaded weights), the stored mean takes its value.
     """
-    _launch_sample(bucket, seed, draw, adopt=adopt, perturb=True)
+    _launch_sample(bucket, seed, draw, train=train, adopt=adopt, perturb=True)
 
 
 def ivon_restore(bucket: ParamBucket) -> None:
     """Write the mean into the parameters, in one launch."""
-    _launch_sample(bucket, 0, 0, adopt=False, perturb=False)
+    _launch_sample(bucket, 0, 0, train=False, adopt=False, perturb=False)
 
 
-def _launch_sample(bucket: ParamBucket, seed: int, draw: int, *, adopt: bool, perturb: bool) -> None:
+def _launch_sample(
+    bucket: ParamBucket, seed: int, draw: int, *, train: bool, adopt: bool, perturb: bool
+) -> None:
     rows, tile_tensor = bucket.tiles
     if tile_tensor.numel() == 0:
         return
@@ -447,12 +464,14 @@ def _launch_sample(bucket: ParamBucket, seed: int, draw: int, *, adopt: bool, pe
             bucket.mean,
             bucket.hess,
             bucket.hyper,
+            bucket.control,
             _signed64(seed),
             draw,
             BLOCK=BLOCK,
             DTYPE=_triton_dtype(bucket),
             ADOPT=adopt,
             PERTURB=perturb,
+            TRAIN=train,
             num_warps=_NUM_WARPS,
         )
     bucket.stage_out()
@@ -467,7 +486,7 @@ def ivon_fold(
         bucket: the tensors.
         grads: a gradient of each tensor, or None (counted as zero).
         seed: 64-bit key of the sample's noise.
-        draw: index of the sample.
+        draw: number of the sample within the current step.
         count: how many samples the means hold with this one; 1 starts them.
         price: the curvature estimate, Price's theorem (True) or squared gradients (False).
     """
@@ -484,6 +503,7 @@ def ivon_fold(
             avg_grad,
             avg_curvature,
             bucket.hyper,
+            bucket.control,
             _signed64(seed),
             draw,
             count,
@@ -528,6 +548,7 @@ def ivon_step(
     *,
     seed: int,
     draw: int,
+    draws: int,
     price: bool,
     debias: bool,
     check: bool,
@@ -546,7 +567,8 @@ def ivon_step(
             :func:`ivon_fold` made.
         active: whether each tensor takes part; the others keep state and mean.
         seed: 64-bit key of the sample at which the gradients were taken.
-        draw: index of that sample.
+        draw: number of that sample within the step.
+        draws: samples drawn in the step; the device's count advances by it.
         price: the curvature estimate, Price's theorem (True) or squared gradients (False).
         debias: divide the momentum by ``1 - β1^t``.
         check: skip the whole step if a gradient is not finite. Without it, a flag that
@@ -579,6 +601,7 @@ def ivon_step(
             bucket.mean if found_inf is None else found_inf,
             _signed64(seed),
             draw,
+            draws,
             BLOCK=BLOCK,
             DTYPE=_triton_dtype(bucket),
             PRICE=price,

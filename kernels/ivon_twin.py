@@ -14,6 +14,7 @@ from bayeslora.kernels.param_bucket import (
     BETA1,
     BETA2,
     CLIP_RADIUS,
+    DRAWS,
     ESS,
     LR,
     NONFINITE,
@@ -41,6 +42,10 @@ def _noise(bucket: ParamBucket, seed: int, draw: int) -> Tensor:
         out[4 * i : 4 * (i + _CHUNK)] = torch.stack(normals, dim=-1).view(-1)
     bucket.twin_noise = seed, draw, out
     return out
+
+
+def _train_draw(bucket: ParamBucket, draw: int) -> int:
+    return int(bucket.control[DRAWS]) + draw
 
 
 def _spans(bucket: ParamBucket, active: Sequence[bool]) -> list[tuple[int, slice]]:
@@ -84,11 +89,13 @@ def _adopt(bucket: ParamBucket) -> None:
 
 
 @torch.no_grad()
-def ivon_sample(bucket: ParamBucket, *, seed: int, draw: int, adopt: bool = True) -> None:
+def ivon_sample(
+    bucket: ParamBucket, *, seed: int, draw: int, train: bool = False, adopt: bool = True
+) -> None:
     """Write a posterior sample into the parameters. See :func:`bayeslora.kernels.ivon.ivon_sample`."""
     if adopt:
         _adopt(bucket)
-    noise = _noise(bucket, seed, draw)
+    noise = _noise(bucket, seed, _train_draw(bucket, draw) if train else draw)
     sample = torch.empty_like(noise)
     hyper = bucket.hyper_values()
     for group, span in _all_spans(bucket):
@@ -121,7 +128,7 @@ def ivon_fold(
     """Fold a sample's gradient into the running means. See :func:`bayeslora.kernels.ivon.ivon_fold`."""
     avg_grad, avg_curvature = bucket.averages()
     flat = _gather(bucket, grads)
-    noise = _noise(bucket, seed, draw) if price else None
+    noise = _noise(bucket, seed, _train_draw(bucket, draw)) if price else None
     hyper = bucket.hyper_values()
     for group, span in _all_spans(bucket):
         curvature = _curvature(bucket, flat[span], span, hyper[group], noise)
@@ -146,6 +153,7 @@ def ivon_step(
     *,
     seed: int,
     draw: int,
+    draws: int,
     price: bool,
     debias: bool,
     check: bool,
@@ -160,6 +168,7 @@ def ivon_step(
     bucket.control[SKIPPED if skip else STEP] += 1
     if not skip:
         _update(bucket, grads, active, seed, draw, price, debias, grad_scale)
+    bucket.control[DRAWS] += draws
     _scatter(bucket, bucket.mean, [True] * len(bucket.params))
 
 
@@ -184,7 +193,7 @@ def _update(
         curvature_scale = inverse_scale if price else inverse_scale**2
     else:
         flat = _gather(bucket, grads).mul_(inverse_scale)
-        noise = _noise(bucket, seed, draw) if price else None
+        noise = _noise(bucket, seed, _train_draw(bucket, draw)) if price else None
     for group, span in _spans(bucket, active):
         if grads is None:
             curvature = avg_curvature[span] * curvature_scale

@@ -24,8 +24,9 @@ BLOCK = 1024
 PARAM_PTR, START, NUMEL, GROUP_START, STREAM, PARAM_GROUP, DTYPE, FIRST_TILE = range(8)
 ROW_WIDTH = 8
 
-# Slots of ``control``, the device-side step counters.
-STEP, SKIPPED, NONFINITE, ARRIVED, DONE = range(5)
+# Slots of ``control``, the device-side counters: steps taken, steps skipped, training samples drawn in
+# finished steps; then the flag and the two barriers of the step kernel, zero between launches.
+STEP, SKIPPED, DRAWS, NONFINITE, ARRIVED, DONE = range(6)
 CONTROL_WIDTH = 8
 
 # Columns of ``hyper``, one fp64 row a parameter group.

@@ -65,12 +65,12 @@ def test_steps_agree_with_twin(dtypes, price, debias, device):
     got, expected = _bucket(dtypes, device), _bucket(dtypes, "cpu")
     for draw in range(1, 4):
         for kernels, bucket in ((ivon, got), (ivon_twin, expected)):
-            kernels.ivon_sample(bucket, seed=3, draw=draw)
+            kernels.ivon_sample(bucket, seed=3, draw=1, train=True)
             grads = _grads(bucket, draw)
             grads[2] = None
             active = [g is not None for g in grads]
             kernels.ivon_step(
-                bucket, grads, active, seed=3, draw=draw, price=price, debias=debias, check=True
+                bucket, grads, active, seed=3, draw=1, draws=1, price=price, debias=debias, check=True
             )
     _assert_close(got, expected)
     assert got.control[STEP] == 3
@@ -81,7 +81,7 @@ def test_several_samples_agree_with_twin(price, device):
     got, expected = _bucket(MIXED, device), _bucket(MIXED, "cpu")
     for kernels, bucket in ((ivon, got), (ivon_twin, expected)):
         for count in range(1, 4):
-            kernels.ivon_sample(bucket, seed=1, draw=count, adopt=count == 1)
+            kernels.ivon_sample(bucket, seed=1, draw=count, train=True, adopt=count == 1)
             grads = _grads(bucket, count)
             if count == 2:
                 grads[0] = None
@@ -89,7 +89,16 @@ def test_several_samples_agree_with_twin(price, device):
         scale = torch.tensor(8.0, device=bucket.device)
         active = [True] * 5
         kernels.ivon_step(
-            bucket, None, active, seed=0, draw=0, price=price, debias=True, check=True, grad_scale=scale
+            bucket,
+            None,
+            active,
+            seed=0,
+            draw=0,
+            draws=3,
+            price=price,
+            debias=True,
+            check=True,
+            grad_scale=scale,
         )
     _assert_close(got, expected)
 
@@ -104,12 +113,14 @@ def test_nonfinite_gradient_skips_the_whole_step(value, implementation, device):
     assert not torch.equal(bucket.params[0], rest[0])
     grads = _grads(bucket, 1)
     grads[3][1000] = value
-    implementation.ivon_step(bucket, grads, [True] * 5, seed=3, draw=1, price=True, debias=True, check=True)
+    implementation.ivon_step(
+        bucket, grads, [True] * 5, seed=3, draw=1, draws=1, price=True, debias=True, check=True
+    )
     for now, then in zip([bucket.mean, bucket.hess, bucket.momentum], before, strict=True):
         assert torch.equal(now, then)
     for p, q in zip(bucket.params, rest, strict=True):
         assert torch.equal(p, q)
-    assert bucket.control.tolist()[:5] == [0, 1, 0, 0, 0]
+    assert bucket.control.tolist()[:6] == [0, 1, 1, 0, 0, 0]
     assert bucket.beta1_power.tolist() == [1.0, 1.0]
 
 
@@ -117,7 +128,7 @@ def test_nonfinite_gradient_skips_the_whole_step(value, implementation, device):
 def test_flag_and_found_inf_are_obeyed(implementation, device):
     bucket = _bucket(MIXED, device if implementation is ivon else "cpu")
     grads = _grads(bucket, 1)
-    arguments = {"seed": 0, "draw": 1, "price": True, "debias": True, "check": False}
+    arguments = {"seed": 0, "draw": 1, "draws": 1, "price": True, "debias": True, "check": False}
     implementation.ivon_check(bucket, grads)
     assert bucket.control[NONFINITE] == 0
     grads[1][3, 4] = math.nan

@@ -1,0 +1,187 @@
+"""The state behind IVON: parameter buckets kept in step with the optimizer, and their checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bayeslora.kernels.param_bucket import (
+    DRAWS,
+    HYPER_WIDTH,
+    LR,
+    SKIPPED,
+    STEP,
+    ParamBucket,
+    state_dtype,
+)
+
+STATE_KEYS = ("mean", "momentum", "hess")
+
+
+class BucketStore:
+    """The buckets of an optimizer's trainable parameters, one a device and state dtype.
+
+    Args:
+        optimizer: holds ``param_groups`` and ``state``. Its state tensors become views of the buckets'
+            flat buffers; the counters are read from and written to its parameter groups.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._buckets: list[ParamBucket] | None = None
+        self._key: list[Any] = []
+
+    def current(self) -> list[ParamBucket]:
+        """Return the buckets, made anew if a parameter was moved, cast, frozen, thawed or added."""
+        key = [
+            (p.data_ptr(), p.shape, p.dtype, p.device, p.requires_grad)
+            for group in self._optimizer.param_groups
+            for p in group["params"]
+        ]
+        if self._buckets is None or key != self._key:
+            self._buckets, self._key = self._make(), key
+        return self._buckets
+
+    def last(self) -> list[ParamBucket]:
+        """Return the buckets as they were last used, without a look at the parameters."""
+        return self._buckets or []
+
+    def _make(self) -> list[ParamBucket]:
+        self.write_counters()
+        members: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, int, int]]] = {}
+        stream = 0
+        groups = self._optimizer.param_groups
+        for index, group in enumerate(groups):
+            for p in group["params"]:
+                if p.requires_grad:
+                    members.setdefault((p.device, state_dtype(p.dtype)), []).append((p, stream, index))
+                stream += 1
+        buckets = []
+        for entries in members.values():
+            params, streams, indices = zip(*entries, strict=True)
+            bucket = ParamBucket(params, streams, indices, num_groups=len(groups))
+            for slot, name in ((STEP, "step"), (SKIPPED, "skipped"), (DRAWS, "draws")):
+                bucket.control[slot] = groups[0].get(name, 0)
+            powers = [group.get("beta1_power", 1.0) for group in groups]
+            bucket.beta1_power.copy_(torch.tensor(powers, dtype=torch.float64))
+            bucket.hess.fill_(1.0)
+            for i, p in enumerate(params):
+                self._place(bucket, i, p)
+            buckets.append(bucket)
+        return buckets
+
+    @torch.no_grad()
+    def _place(self, bucket: ParamBucket, index: int, p: Tensor) -> None:
+        """Move a parameter's state into the bucket's flat buffers; start it if it has none."""
+        old = self._optimizer.state[p]
+        group = self._optimizer.param_groups[bucket.param_groups[index]]
+        start = {"mean": p.detach(), "momentum": 0.0, "hess": float(group["hess_init"])}
+        new = {}
+        for name in STATE_KEYS:
+            new[name] = bucket.view(getattr(bucket, name), index)
+            value = old.get(name, start[name])
+            if isinstance(value, Tensor):
+                new[name].copy_(value)
+            else:
+                new[name].fill_(value)
+        self._optimizer.state[p] = new
+
+    def counters(self) -> tuple[int, int, int]:
+        """Return (steps taken, steps skipped, samples drawn in finished steps); waits for the device."""
+        if self._buckets:
+            control = self._buckets[0].control.tolist()
+            return control[STEP], control[SKIPPED], control[DRAWS]
+        group = self._optimizer.param_groups[0]
+        return group.get("step", 0), group.get("skipped", 0), group.get("draws", 0)
+
+    def write_counters(self) -> None:
+        """Copy the device's counters into the parameter groups, where ``state_dict`` finds them."""
+        steps, skipped, draws = self.counters()
+        groups = self._optimizer.param_groups
+        powers = self._buckets[0].beta1_power.tolist() if self._buckets else []
+        for index, group in enumerate(groups):
+            group.update(step=steps, skipped=skipped, draws=draws)
+            group["beta1_power"] = powers[index] if index < len(powers) else group.get("beta1_power", 1.0)
+
+    def set_hyper(self, bucket: ParamBucket, variance_scale: float, rescale_lr: bool) -> None:
+        """Bring the hyperparameters of all groups to the bucket's device, without a host sync."""
+        table, lr_tensors = [], []
+        for index, group in enumerate(self._optimizer.param_groups):
+            factor = group["hess_init"] + group["weight_decay"] if rescale_lr else 1.0
+            lr = group["lr"]
+            if isinstance(lr, Tensor):
+                lr_tensors.append((index, lr, factor))
+                lr = 0.0
+            row = [float(lr) * factor, group["beta1"], group["beta2"], group["weight_decay"]]
+            row += [group["ess"], group["clip_radius"], variance_scale]
+            table.append([float(value) for value in row] + [0.0] * (HYPER_WIDTH - len(row)))
+        bucket.set_hyper(table)
+        for index, lr, factor in lr_tensors:
+            bucket.hyper[index, LR].copy_(lr * factor, non_blocking=True)
+
+    def views(self) -> Iterator[tuple[ParamBucket, int, Tensor]]:
+        """Yield (bucket, index in it, parameter) of every trained parameter."""
+        for bucket in self.current():
+            for index, p in enumerate(bucket.params):
+                yield bucket, index, p
+
+
+def dense_grads(bucket: ParamBucket) -> list[Tensor | None]:
+    """Return ``p.grad`` of each of the bucket's parameters.
+
+    Raises:
+        RuntimeError: a gradient is sparse.
+    """
+    grads = [p.grad for p in bucket.params]
+    for p, g in zip(bucket.params, grads, strict=True):
+        if g is not None and g.layout != torch.strided:
+            raise RuntimeError(f"IVON needs dense gradients, got {g.layout} for shape {tuple(p.shape)}")
+    return grads
+
+
+_RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "lr": ("finite and >= 0", lambda v: 0.0 <= v < math.inf),
+    "ess": ("finite and > 0", lambda v: 0.0 < v < math.inf),
+    "hess_init": ("finite and > 0", lambda v: 0.0 < v < math.inf),
+    "beta1": ("in [0, 1]", lambda v: 0.0 <= v <= 1.0),
+    "beta2": ("in [0, 1]", lambda v: 0.0 <= v <= 1.0),
+    "weight_decay": ("finite and >= 0", lambda v: 0.0 <= v < math.inf),
+    "clip_radius": ("> 0", lambda v: v > 0.0),
+}
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Check the ranges of a group's hyperparameters.
+
+    Raises:
+        ValueError: naming the first that is out of range.
+    """
+    for name, (range_text, fits) in _RANGES.items():
+        if not fits(float(group[name])):
+            raise ValueError(f"{name} must be {range_text}, got {group[name]!r}")
+
+
+def check_saved_state(param_groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> None:
+    """Check a saved state against the parameters before anything is changed.
+
+    Raises:
+        ValueError: naming what does not fit.
+    """
+    sizes = [len(g["params"]) for g in param_groups]
+    saved = [len(g["params"]) for g in state_dict["param_groups"]]
+    if sizes != saved:
+        raise ValueError(f"state_dict has parameter groups of sizes {saved}, this optimizer has {sizes}")
+    params = [p for group in param_groups for p in group["params"]]
+    for index, values in state_dict["state"].items():
+        for key in STATE_KEYS:
+            if key not in values:
+                raise ValueError(f"state_dict of parameter {index} has no {key!r}: it is not from IVON")
+            if values[key].shape != params[index].shape:
+                raise ValueError(
+                    f"state_dict: {key!r} of parameter {index} has shape {tuple(values[key].shape)}, "
+                    f"the parameter has {tuple(params[index].shape)}"
+                )
