@@ -285,7 +285,9 @@ class IVON(torch.optim.Optimizer):
         """Make the parameters hold the named sample, or the mean."""
         if noise == self._held:
             return
-        for bucket in self._store.current():
+        # Once a sample is in the parameters, only a short check is needed before it is replaced.
+        buckets = self._store.current() if self._held is None else self._store.within_step()
+        for bucket in buckets:
             kernels = ivon_kernels(bucket.device)
             if noise is None:
                 kernels.ivon_restore(bucket)
@@ -299,7 +301,7 @@ class IVON(torch.optim.Optimizer):
         """Move the pending sample's gradient from ``p.grad`` into the running means over samples."""
         assert self._pending is not None
         self._folded += 1
-        for bucket in self._store.current():
+        for bucket in self._store.within_step():
             grads = dense_grads(bucket)
             self._store.set_hyper(bucket, 1.0, self.rescale_lr)
             ivon_kernels(bucket.device).ivon_fold(
@@ -350,7 +352,7 @@ class IVON(torch.optim.Optimizer):
             )
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        buckets = self._store.current()
+        buckets = self._store.within_step()
         averaged = self._average_samples(buckets, found_inf is not None and grad_scale is None)
         self._update(buckets, averaged, grad_scale, found_inf)
         self._held = None

@@ -33,22 +33,28 @@ class BucketStore:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
         self._buckets: list[ParamBucket] | None = None
-        self._key: list[Any] = []
+        self._params: list[Tensor] = []
+        self._memory: tuple[list[int], list[torch.dtype]] = [], []
+        self._traits: list[Any] = []
 
     def current(self) -> list[ParamBucket]:
         """Return the buckets, made anew if a parameter was moved, cast, frozen, thawed or added."""
-        key = [
-            (p.data_ptr(), p.shape, p.dtype, p.device, p.requires_grad)
-            for group in self._optimizer.param_groups
-            for p in group["params"]
-        ]
-        if self._buckets is None or key != self._key:
-            self._buckets, self._key = self._make(), key
+        params = [p for group in self._optimizer.param_groups for p in group["params"]]
+        traits = [(p.shape, p.device, p.requires_grad) for p in params]
+        memory = _memory(params)
+        if self._buckets is None or traits != self._traits or memory != self._memory:
+            self._buckets = self._make()
+            self._params, self._traits, self._memory = params, traits, memory
         return self._buckets
 
-    def last(self) -> list[ParamBucket]:
-        """Return the buckets as they were last used, without a look at the parameters."""
-        return self._buckets or []
+    def within_step(self) -> list[ParamBucket]:
+        """Return the buckets, after the short check that every parameter is still where it was.
+
+        For the second half of a step: :meth:`current` has looked at everything when the sample was drawn.
+        """
+        if self._buckets is None or _memory(self._params) != self._memory:
+            return self.current()
+        return self._buckets
 
     def _make(self) -> list[ParamBucket]:
         self.write_counters()
@@ -128,6 +134,10 @@ class BucketStore:
         for bucket in self.current():
             for index, p in enumerate(bucket.params):
                 yield bucket, index, p
+
+
+def _memory(params: list[Tensor]) -> tuple[list[int], list[torch.dtype]]:
+    return [p.data_ptr() for p in params], [p.dtype for p in params]
 
 
 def dense_grads(bucket: ParamBucket) -> list[Tensor | None]:

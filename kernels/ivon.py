@@ -27,85 +27,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bayeslora.kernels import param_bucket as pb
+from bayeslora.kernels.ivon_device import (
+    ARRIVED,
+    BETA1,
+    DONE,
+    DRAWS,
+    DTYPE_CODE,
+    ESS,
+    HYPER_WIDTH,
+    NONFINITE,
+    PARAM_PTR,
+    SKIPPED,
+    STEP,
+    STREAM,
+    VARIANCE_SCALE,
+    WEIGHT_DECAY,
+    curvature,
+    flag_nonfinite,
+    hyper,
+    load_as,
+    load_grad,
+    locate,
+    round_as,
+    store_as,
+    update_tile,
+)
 from bayeslora.kernels.noise import randn_block
 from bayeslora.kernels.param_bucket import BLOCK, ParamBucket
 
 _NUM_WARPS = 4
-_BLOCKS_PER_SM = 2  # 128 threads of at most 255 registers: two blocks always fit one multiprocessor
-
-_ROW_WIDTH = tl.constexpr(pb.ROW_WIDTH)
-_PARAM_PTR, _START, _NUMEL = tl.constexpr(pb.PARAM_PTR), tl.constexpr(pb.START), tl.constexpr(pb.NUMEL)
-_GROUP_START, _STREAM = tl.constexpr(pb.GROUP_START), tl.constexpr(pb.STREAM)
-_PARAM_GROUP, _DTYPE = tl.constexpr(pb.PARAM_GROUP), tl.constexpr(pb.DTYPE)
-_FIRST_TILE = tl.constexpr(pb.FIRST_TILE)
-_HYPER_WIDTH = tl.constexpr(pb.HYPER_WIDTH)
-_LR, _BETA1, _BETA2 = tl.constexpr(pb.LR), tl.constexpr(pb.BETA1), tl.constexpr(pb.BETA2)
-_WEIGHT_DECAY, _ESS = tl.constexpr(pb.WEIGHT_DECAY), tl.constexpr(pb.ESS)
-_CLIP_RADIUS, _VARIANCE_SCALE = tl.constexpr(pb.CLIP_RADIUS), tl.constexpr(pb.VARIANCE_SCALE)
-_GRAD_WIDTH = tl.constexpr(pb.GRAD_WIDTH)
-_STEP, _SKIPPED, _DRAWS = tl.constexpr(pb.STEP), tl.constexpr(pb.SKIPPED), tl.constexpr(pb.DRAWS)
-_NONFINITE, _ARRIVED = tl.constexpr(pb.NONFINITE), tl.constexpr(pb.ARRIVED)
-_DONE = tl.constexpr(pb.DONE)
-
-
-@triton.jit
-def _load_as(address, dtype_code, index, mask, DTYPE: tl.constexpr):
-    """Load elements of a tensor known by address and dtype code (see DTYPE_CODES), cast to DTYPE."""
-    if dtype_code == 0:
-        value = tl.load(address.to(tl.pointer_type(tl.float32)) + index, mask=mask, other=0.0).to(DTYPE)
-    elif dtype_code == 1:
-        value = tl.load(address.to(tl.pointer_type(tl.bfloat16)) + index, mask=mask, other=0.0).to(DTYPE)
-    elif dtype_code == 2:
-        value = tl.load(address.to(tl.pointer_type(tl.float16)) + index, mask=mask, other=0.0).to(DTYPE)
-    else:
-        value = tl.load(address.to(tl.pointer_type(tl.float64)) + index, mask=mask, other=0.0).to(DTYPE)
-    return value
-
-
-@triton.jit
-def _store_as(address, dtype_code, index, value, mask):
-    """Store elements to a tensor known by address and dtype code, cast to its dtype."""
-    if dtype_code == 0:
-        tl.store(address.to(tl.pointer_type(tl.float32)) + index, value.to(tl.float32), mask=mask)
-    elif dtype_code == 1:
-        tl.store(address.to(tl.pointer_type(tl.bfloat16)) + index, value.to(tl.bfloat16), mask=mask)
-    elif dtype_code == 2:
-        tl.store(address.to(tl.pointer_type(tl.float16)) + index, value.to(tl.float16), mask=mask)
-    else:
-        tl.store(address.to(tl.pointer_type(tl.float64)) + index, value.to(tl.float64), mask=mask)
-
-
-@triton.jit
-def _round_as(value, dtype_code, DTYPE: tl.constexpr):
-    """Round to the dtype of a code and back to DTYPE."""
-    if dtype_code == 0:
-        rounded = value.to(tl.float32).to(DTYPE)
-    elif dtype_code == 1:
-        rounded = value.to(tl.bfloat16).to(DTYPE)
-    elif dtype_code == 2:
-        rounded = value.to(tl.float16).to(DTYPE)
-    else:
-        rounded = value
-    return rounded
-
-
-@triton.jit
-def _locate(rows_ptr, tile_tensor_ptr, tile, BLOCK: tl.constexpr):
-    """Return (tensor, row pointer, element index, mask, first noise group) of a tile."""
-    tensor = tl.load(tile_tensor_ptr + tile).to(tl.int64)
-    row_ptr = rows_ptr + tensor * _ROW_WIDTH
-    within = (tile - tl.load(row_ptr + _FIRST_TILE)) * BLOCK
-    shift = tl.load(row_ptr + _START) % 4  # a shard may begin inside a group of four
-    index = within - shift + tl.arange(0, BLOCK)
-    mask = (index >= 0) & (index < tl.load(row_ptr + _NUMEL))
-    group_start = tl.load(row_ptr + _GROUP_START) + within // 4
-    return tensor, row_ptr, index, mask, group_start
-
-
-@triton.jit
-def _hyper(hyper_ptr, row_ptr, column: tl.constexpr):
-    return tl.load(hyper_ptr + tl.load(row_ptr + _PARAM_GROUP) * _HYPER_WIDTH + column)
+_BLOCKS_PER_SM = 4  # resident blocks of the cooperative launch: 4 x 128 threads x 128 registers fill one
+_MAX_REGISTERS = 128
 
 
 @triton.jit(do_not_specialize=["seed", "draw"])
@@ -123,52 +75,30 @@ def _ivon_sample_kernel(
     ADOPT: tl.constexpr,
     PERTURB: tl.constexpr,
     TRAIN: tl.constexpr,
+    REGULAR: tl.constexpr,
 ):
     tile = tl.program_id(0)
     draw = draw.to(tl.int64)
     if TRAIN:
-        draw += tl.load(control_ptr + _DRAWS)
-    _, row_ptr, index, mask, group_start = _locate(rows_ptr, tile_tensor_ptr, tile, BLOCK)
-    address = tl.load(row_ptr + _PARAM_PTR)
-    code = tl.load(row_ptr + _DTYPE)
-    flat = tl.load(row_ptr + _START) + index
+        draw += tl.load(control_ptr + DRAWS)
+    _, row_ptr, index, flat, mask, group_start = locate(rows_ptr, tile_tensor_ptr, tile, BLOCK, REGULAR)
+    address = tl.load(row_ptr + PARAM_PTR)
+    code = tl.load(row_ptr + DTYPE_CODE)
     mean = tl.load(mean_ptr + flat, mask=mask, other=0.0)
     if ADOPT:
-        held = _load_as(address, code, index, mask, DTYPE)
-        changed = _round_as(mean, code, DTYPE) != held
+        held = load_as(address, code, index, mask, DTYPE, REGULAR)
+        changed = round_as(mean, code, DTYPE) != held
         mean = tl.where(changed, held, mean)
         tl.store(mean_ptr + flat, mean, mask=mask & changed)
     if PERTURB:
         hess = tl.load(hess_ptr + flat, mask=mask, other=1.0)
-        decay = _hyper(hyper_ptr, row_ptr, _WEIGHT_DECAY).to(DTYPE)
-        ess = _hyper(hyper_ptr, row_ptr, _ESS).to(DTYPE)
-        variance_scale = _hyper(hyper_ptr, row_ptr, _VARIANCE_SCALE).to(DTYPE)
+        decay = hyper(hyper_ptr, row_ptr, WEIGHT_DECAY).to(DTYPE)
+        ess = hyper(hyper_ptr, row_ptr, ESS).to(DTYPE)
+        variance_scale = hyper(hyper_ptr, row_ptr, VARIANCE_SCALE).to(DTYPE)
         variance = variance_scale / (ess * (hess + decay))
-        z = randn_block(seed, draw, tl.load(row_ptr + _STREAM), group_start, BLOCK).to(DTYPE)
+        z = randn_block(seed, draw, tl.load(row_ptr + STREAM), group_start, BLOCK).to(DTYPE)
         mean += tl.sqrt(variance) * z
-    _store_as(address, code, index, mean, mask)
-
-
-@triton.jit
-def _curvature(
-    grad,
-    hess,
-    decay,
-    ess,
-    seed,
-    draw,
-    stream,
-    group_start,
-    BLOCK: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRICE: tl.constexpr,
-):
-    if PRICE:
-        z = randn_block(seed, draw, stream, group_start, BLOCK).to(DTYPE)
-        f = grad * z * tl.sqrt(ess * (hess + decay))
-    else:
-        f = ess * grad * grad
-    return f
+    store_as(address, code, index, mean, mask, REGULAR)
 
 
 @triton.jit(do_not_specialize=["seed", "draw", "count"])
@@ -187,60 +117,22 @@ def _ivon_fold_kernel(
     BLOCK: tl.constexpr,
     DTYPE: tl.constexpr,
     PRICE: tl.constexpr,
+    REGULAR: tl.constexpr,
 ):
     tile = tl.program_id(0)
-    tensor, row_ptr, index, mask, group_start = _locate(rows_ptr, tile_tensor_ptr, tile, BLOCK)
-    flat = tl.load(row_ptr + _START) + index
-    grad = _load_grad(grads_ptr, avg_grad_ptr, tensor, index, flat, mask, DTYPE, False)
+    tensor, row_ptr, index, flat, mask, group_start = locate(rows_ptr, tile_tensor_ptr, tile, BLOCK, REGULAR)
+    grad = load_grad(grads_ptr, avg_grad_ptr, tensor, index, flat, mask, DTYPE, False, REGULAR)
     hess = tl.load(hess_ptr + flat, mask=mask, other=1.0)
-    decay = _hyper(hyper_ptr, row_ptr, _WEIGHT_DECAY).to(DTYPE)
-    ess = _hyper(hyper_ptr, row_ptr, _ESS).to(DTYPE)
-    stream = tl.load(row_ptr + _STREAM)
-    draw = draw.to(tl.int64) + tl.load(control_ptr + _DRAWS)
-    f = _curvature(grad, hess, decay, ess, seed, draw, stream, group_start, BLOCK, DTYPE, PRICE)
+    decay = hyper(hyper_ptr, row_ptr, WEIGHT_DECAY).to(DTYPE)
+    ess = hyper(hyper_ptr, row_ptr, ESS).to(DTYPE)
+    stream = tl.load(row_ptr + STREAM)
+    draw = draw.to(tl.int64) + tl.load(control_ptr + DRAWS)
+    f = curvature(grad, hess, decay, ess, seed, draw, stream, group_start, BLOCK, DTYPE, PRICE)
     avg_grad = tl.load(avg_grad_ptr + flat, mask=mask, other=0.0)
     avg_curvature = tl.load(avg_curvature_ptr + flat, mask=mask, other=0.0)
     count = count.to(DTYPE)
     tl.store(avg_grad_ptr + flat, avg_grad + (grad - avg_grad) / count, mask=mask)
     tl.store(avg_curvature_ptr + flat, avg_curvature + (f - avg_curvature) / count, mask=mask)
-
-
-@triton.jit
-def _load_grad(
-    grads_ptr, avg_grad_ptr, tensor, index, flat, mask, DTYPE: tl.constexpr, AVERAGED: tl.constexpr
-):
-    if AVERAGED:
-        grad = tl.load(avg_grad_ptr + flat, mask=mask, other=0.0)
-    else:
-        address = tl.load(grads_ptr + tensor * _GRAD_WIDTH)
-        code = tl.load(grads_ptr + tensor * _GRAD_WIDTH + 1)
-        grad = tl.zeros_like(index).to(DTYPE)
-        if address != 0:
-            grad = _load_as(address, code, index, mask, DTYPE)
-    return grad
-
-
-@triton.jit
-def _flag_nonfinite(
-    rows_ptr,
-    tile_tensor_ptr,
-    num_tiles,
-    grads_ptr,
-    avg_grad_ptr,
-    control_ptr,
-    BLOCK: tl.constexpr,
-    DTYPE: tl.constexpr,
-    AVERAGED: tl.constexpr,
-):
-    """Raise the flag ``control[NONFINITE]`` if this program's tiles hold a gradient that is not finite."""
-    bad = tl.zeros([BLOCK], dtype=tl.int32)
-    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        tensor, row_ptr, index, mask, _ = _locate(rows_ptr, tile_tensor_ptr, tile, BLOCK)
-        flat = tl.load(row_ptr + _START) + index
-        grad = _load_grad(grads_ptr, avg_grad_ptr, tensor, index, flat, mask, DTYPE, AVERAGED)
-        bad |= (~(tl.abs(grad) < float("inf"))).to(tl.int32)
-    if tl.max(bad, axis=0) != 0:
-        tl.atomic_max(control_ptr + _NONFINITE, 1)
 
 
 @triton.jit(do_not_specialize=["num_tiles"])
@@ -254,71 +146,20 @@ def _ivon_check_kernel(
     BLOCK: tl.constexpr,
     DTYPE: tl.constexpr,
     AVERAGED: tl.constexpr,
+    REGULAR: tl.constexpr,
 ):
-    _flag_nonfinite(
-        rows_ptr, tile_tensor_ptr, num_tiles, grads_ptr, avg_grad_ptr, control_ptr, BLOCK, DTYPE, AVERAGED
+    flag_nonfinite(
+        rows_ptr,
+        tile_tensor_ptr,
+        num_tiles,
+        grads_ptr,
+        avg_grad_ptr,
+        control_ptr,
+        BLOCK,
+        DTYPE,
+        AVERAGED,
+        REGULAR,
     )
-
-
-@triton.jit
-def _update_tile(
-    tile,
-    inverse_scale,
-    skip,
-    rows_ptr,
-    tile_tensor_ptr,
-    grads_ptr,
-    mean_ptr,
-    momentum_ptr,
-    hess_ptr,
-    avg_grad_ptr,
-    avg_curvature_ptr,
-    hyper_ptr,
-    beta1_power_ptr,
-    seed,
-    draw,
-    BLOCK: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRICE: tl.constexpr,
-    AVERAGED: tl.constexpr,
-    DEBIAS: tl.constexpr,
-):
-    """Update one tile's state and parameters, or only put the mean back where ``skip`` or no gradient."""
-    tensor, row_ptr, index, mask, group_start = _locate(rows_ptr, tile_tensor_ptr, tile, BLOCK)
-    flat = tl.load(row_ptr + _START) + index
-    mean = tl.load(mean_ptr + flat, mask=mask, other=0.0)
-    if (skip == 0) & (tl.load(grads_ptr + tensor * _GRAD_WIDTH + 2) != 0):
-        beta1, beta2 = _hyper(hyper_ptr, row_ptr, _BETA1), _hyper(hyper_ptr, row_ptr, _BETA2)
-        decay = _hyper(hyper_ptr, row_ptr, _WEIGHT_DECAY).to(DTYPE)
-        ess = _hyper(hyper_ptr, row_ptr, _ESS).to(DTYPE)
-        grad = _load_grad(grads_ptr, avg_grad_ptr, tensor, index, flat, mask, DTYPE, AVERAGED) * inverse_scale
-        hess = tl.load(hess_ptr + flat, mask=mask, other=1.0)
-        if AVERAGED:
-            f = tl.load(avg_curvature_ptr + flat, mask=mask, other=0.0) * inverse_scale
-            if not PRICE:
-                f *= inverse_scale
-        else:
-            stream = tl.load(row_ptr + _STREAM)
-            f = _curvature(grad, hess, decay, ess, seed, draw, stream, group_start, BLOCK, DTYPE, PRICE)
-        momentum = tl.load(momentum_ptr + flat, mask=mask, other=0.0)
-        momentum = beta1.to(DTYPE) * momentum + (1.0 - beta1).to(DTYPE) * grad
-        gap = hess - f
-        half_square = (0.5 * (1.0 - beta2) * (1.0 - beta2)).to(DTYPE)
-        new_hess = beta2.to(DTYPE) * hess + (1.0 - beta2).to(DTYPE) * f
-        new_hess += half_square * (gap * gap) / (hess + decay)
-        hess = tl.where(tl.abs(new_hess) < float("inf"), new_hess, hess)
-        debiased = momentum
-        if DEBIAS:
-            power = tl.load(beta1_power_ptr + tl.load(row_ptr + _PARAM_GROUP)) * beta1
-            debiased = momentum / (1.0 - power).to(DTYPE)
-        clip_radius = _hyper(hyper_ptr, row_ptr, _CLIP_RADIUS).to(DTYPE)
-        direction = (debiased + decay * mean) / (hess + decay)
-        direction = tl.minimum(tl.maximum(direction, -clip_radius), clip_radius)
-        mean -= _hyper(hyper_ptr, row_ptr, _LR).to(DTYPE) * direction
-        tl.store(momentum_ptr + flat, momentum, mask=mask)
-        tl.store(hess_ptr + flat, hess, mask=mask)
-        tl.store(mean_ptr + flat, mean, mask=mask)
-    _store_as(tl.load(row_ptr + _PARAM_PTR), tl.load(row_ptr + _DTYPE), index, mean, mask)
 
 
 @triton.jit(do_not_specialize=["seed", "draw", "draws", "num_tiles", "num_groups"])
@@ -349,26 +190,36 @@ def _ivon_step_kernel(
     CHECK: tl.constexpr,
     SCALED: tl.constexpr,
     FOUND_INF: tl.constexpr,
+    REGULAR: tl.constexpr,
 ):
     if CHECK:
-        _flag_nonfinite(
-            rows_ptr, tile_tensor_ptr, num_tiles, grads_ptr, avg_grad_ptr, control_ptr, BLOCK, DTYPE, AVERAGED
+        flag_nonfinite(
+            rows_ptr,
+            tile_tensor_ptr,
+            num_tiles,
+            grads_ptr,
+            avg_grad_ptr,
+            control_ptr,
+            BLOCK,
+            DTYPE,
+            AVERAGED,
+            REGULAR,
         )
         # Every program is resident (a cooperative launch), so all of them can wait for the last.
         tl.debug_barrier()
-        tl.atomic_add(control_ptr + _ARRIVED, 1, sem="acq_rel")
-        while tl.atomic_add(control_ptr + _ARRIVED, 0, sem="acquire") < tl.num_programs(0):
+        tl.atomic_add(control_ptr + ARRIVED, 1, sem="acq_rel")
+        while tl.atomic_add(control_ptr + ARRIVED, 0, sem="acquire") < tl.num_programs(0):
             pass
         tl.debug_barrier()
-    skip = tl.atomic_add(control_ptr + _NONFINITE, 0, sem="acquire")
+    skip = tl.atomic_add(control_ptr + NONFINITE, 0, sem="acquire")
     if FOUND_INF:
         skip += (tl.load(found_inf_ptr) != 0).to(tl.int64)
-    draw = draw.to(tl.int64) + tl.load(control_ptr + _DRAWS)
+    draw = draw.to(tl.int64) + tl.load(control_ptr + DRAWS)
     inverse_scale = tl.full([], 1.0, DTYPE)
     if SCALED:
         inverse_scale = 1.0 / tl.load(grad_scale_ptr).to(DTYPE)
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        _update_tile(
+        update_tile(
             tile,
             inverse_scale,
             skip,
@@ -389,21 +240,22 @@ def _ivon_step_kernel(
             PRICE,
             AVERAGED,
             DEBIAS,
+            REGULAR,
         )
     tl.debug_barrier()
-    if tl.atomic_add(control_ptr + _DONE, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+    if tl.atomic_add(control_ptr + DONE, 1, sem="acq_rel") == tl.num_programs(0) - 1:
         # The last program out: nobody reads the counters any more.
         if skip == 0:
-            tl.store(control_ptr + _STEP, tl.load(control_ptr + _STEP) + 1)
+            tl.store(control_ptr + STEP, tl.load(control_ptr + STEP) + 1)
             for group in range(num_groups):
-                beta1 = tl.load(hyper_ptr + group * _HYPER_WIDTH + _BETA1)
+                beta1 = tl.load(hyper_ptr + group * HYPER_WIDTH + BETA1)
                 tl.store(beta1_power_ptr + group, tl.load(beta1_power_ptr + group) * beta1)
         else:
-            tl.store(control_ptr + _SKIPPED, tl.load(control_ptr + _SKIPPED) + 1)
-        tl.store(control_ptr + _DRAWS, tl.load(control_ptr + _DRAWS) + draws)
-        tl.store(control_ptr + _NONFINITE, 0)
-        tl.store(control_ptr + _ARRIVED, 0)
-        tl.store(control_ptr + _DONE, 0)
+            tl.store(control_ptr + SKIPPED, tl.load(control_ptr + SKIPPED) + 1)
+        tl.store(control_ptr + DRAWS, tl.load(control_ptr + DRAWS) + draws)
+        tl.store(control_ptr + NONFINITE, 0)
+        tl.store(control_ptr + ARRIVED, 0)
+        tl.store(control_ptr + DONE, 0)
 
 
 def _triton_dtype(bucket: ParamBucket) -> tl.dtype:
@@ -423,8 +275,14 @@ def _resident_programs(bucket: ParamBucket, num_tiles: int) -> int:
     """Return a grid that is resident as a whole (the interpreter runs one program after the other)."""
     if bucket.device.type != "cuda":
         return 1
-    multiprocessors = torch.cuda.get_device_properties(bucket.device).multi_processor_count
-    return min(num_tiles, _BLOCKS_PER_SM * multiprocessors)
+    return min(num_tiles, _BLOCKS_PER_SM * bucket.multiprocessors)
+
+
+def _resident_options(bucket: ParamBucket) -> dict[str, object]:
+    """Return the launch options that make the step's grid resident as a whole."""
+    if bucket.device.type != "cuda":
+        return {}
+    return {"launch_cooperative_grid": True, "maxnreg": _MAX_REGISTERS}
 
 
 def ivon_sample(
@@ -472,6 +330,7 @@ def _launch_sample(
             ADOPT=adopt,
             PERTURB=perturb,
             TRAIN=train,
+            REGULAR=bucket.regular,
             num_warps=_NUM_WARPS,
         )
     bucket.stage_out()
@@ -494,11 +353,13 @@ def ivon_fold(
     if tile_tensor.numel() == 0:
         return
     avg_grad, avg_curvature = bucket.averages()
+    dense = _dense(grads)
+    table, aligned = bucket.grad_rows(dense, [g is not None for g in dense])
     with _on_device(bucket):
         _ivon_fold_kernel[(tile_tensor.numel(),)](
             rows,
             tile_tensor,
-            bucket.grad_rows(_dense(grads), [g is not None for g in grads]),
+            table,
             bucket.hess,
             avg_grad,
             avg_curvature,
@@ -510,6 +371,7 @@ def ivon_fold(
             BLOCK=BLOCK,
             DTYPE=_triton_dtype(bucket),
             PRICE=price,
+            REGULAR=bucket.regular and aligned,
             num_warps=_NUM_WARPS,
         )
 
@@ -526,17 +388,19 @@ def ivon_check(bucket: ParamBucket, grads: Sequence[Tensor | None] | None) -> No
         return
     averaged = grads is None
     dense = [None] * len(bucket.params) if grads is None else _dense(grads)
+    table, aligned = bucket.grad_rows(dense, [g is not None for g in dense])
     with _on_device(bucket):
         _ivon_check_kernel[(_resident_programs(bucket, tile_tensor.numel()),)](
             rows,
             tile_tensor,
             tile_tensor.numel(),
-            bucket.grad_rows(dense, [g is not None for g in dense]),
+            table,
             bucket.averages()[0] if averaged else bucket.mean,
             bucket.control,
             BLOCK=BLOCK,
             DTYPE=_triton_dtype(bucket),
             AVERAGED=averaged,
+            REGULAR=bucket.regular and aligned,
             num_warps=_NUM_WARPS,
         )
 
@@ -581,13 +445,14 @@ def ivon_step(
         return
     averaged = grads is None
     dense = [None] * len(bucket.params) if grads is None else _dense(grads)
+    table, aligned = bucket.grad_rows(dense, active)
     avg_grad, avg_curvature = bucket.averages() if averaged else (bucket.mean, bucket.mean)
     with _on_device(bucket):
         _ivon_step_kernel[(_resident_programs(bucket, tile_tensor.numel()),)](
             rows,
             tile_tensor,
             tile_tensor.numel(),
-            bucket.grad_rows(dense, active),
+            table,
             bucket.mean,
             bucket.momentum,
             bucket.hess,
@@ -610,8 +475,9 @@ def ivon_step(
             CHECK=check,
             SCALED=grad_scale is not None,
             FOUND_INF=found_inf is not None,
+            REGULAR=bucket.regular and aligned,
             num_warps=_NUM_WARPS,
-            **({"launch_cooperative_grid": True} if check and bucket.device.type == "cuda" else {}),
+            **_resident_options(bucket),
         )
     bucket.stage_out()
 

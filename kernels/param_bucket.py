@@ -1,8 +1,9 @@
 """A bucket: the tensors that one IVON launch covers, and the flat fp32 state behind them.
 
 Every parameter of one device and one state dtype goes into one bucket. Its state (mean, momentum,
-Hessian) lies in flat buffers; each tensor starts at a multiple of four elements, so that one Philox
-group of four normals never straddles two tensors::
+Hessian) lies in flat buffers; each tensor starts at a multiple of eight elements (plus its offset in a
+group of four, if it is a shard), so that one Philox group of four normals never straddles two tensors
+and loads can be 16 bytes wide::
 
     flat position  =  start[i] + k      holds element k of tensor i's local shard
     noise group    =  flat position // 4
@@ -44,8 +45,8 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _round_up_4(n: int) -> int:
-    return (n + 3) // 4 * 4
+def _round_up_8(n: int) -> int:
+    return (n + 7) // 8 * 8
 
 
 class ParamBucket:
@@ -88,13 +89,13 @@ class ParamBucket:
         self.hyper = torch.zeros(num_groups, HYPER_WIDTH, dtype=torch.float64, device=self.device)
         self.twin_noise: tuple[int, int, Tensor] | None = None  # (seed, draw, normals), kept by the twin
         self._hyper_values: list[list[float]] | None = None
-        self._grad_rows: tuple[list[list[int]], Tensor] | None = None
+        self._grad_rows: tuple[list[tuple[int, int, bool]], Tensor, bool] | None = None
 
     def _lay_out(self) -> tuple[list[int], int]:
         starts, end = [], 0
         for param, offset in zip(self.params, self.element_offsets, strict=True):
             starts.append(end + offset % 4)
-            end = _round_up_4(starts[-1] + param.numel())
+            end = _round_up_8(starts[-1] + param.numel())
         return starts, end
 
     def _zeros(self, size: int) -> Tensor:
@@ -104,6 +105,21 @@ class ParamBucket:
         """Return tensor ``index``'s part of a flat buffer, in the tensor's own shape."""
         param, start = self.params[index], self.starts[index]
         return flat[start : start + param.numel()].view(param.shape)
+
+    @cached_property
+    def regular(self) -> bool:
+        """Whether every tensor begins at a 16-byte boundary and a whole group, and ends at one."""
+        return all(
+            offset % 4 == 0 and p.numel() % 8 == 0 and self._staged.get(i, p).data_ptr() % 16 == 0
+            for i, (p, offset) in enumerate(zip(self.params, self.element_offsets, strict=True))
+        )
+
+    @cached_property
+    def multiprocessors(self) -> int:
+        """Multiprocessors of the bucket's GPU; 1 elsewhere."""
+        if self.device.type != "cuda":
+            return 1
+        return torch.cuda.get_device_properties(self.device).multi_processor_count
 
     def set_hyper(self, values: list[list[float]]) -> None:
         """Copy the hyperparameter table to the device if it changed: ``[groups][HYPER_WIDTH]``."""
@@ -159,18 +175,27 @@ class ParamBucket:
             torch.tensor(tile_tensor, dtype=torch.int32).to(self.device),
         )
 
-    def grad_rows(self, grads: Sequence[Tensor | None], active: Sequence[bool]) -> Tensor:
-        """Return the device table of gradients, int64 ``[tensors, GRAD_WIDTH]``, copied if it changed."""
-        rows = [
-            [0, 0, int(on)] if g is None else [g.data_ptr(), DTYPE_CODES[g.dtype], int(on)]
+    def grad_rows(self, grads: Sequence[Tensor | None], active: Sequence[bool]) -> tuple[Tensor, bool]:
+        """Return the device table of gradients, copied if it changed, and whether all are 16-byte aligned.
+
+        Args:
+            grads: a contiguous gradient of each tensor, or None.
+            active: whether each tensor is to be updated.
+
+        Returns:
+            int64 ``[tensors, GRAD_WIDTH]`` and the alignment.
+        """
+        key = [
+            (0, 0, on) if g is None else (g.data_ptr(), DTYPE_CODES[g.dtype], on)
             for g, on in zip(grads, active, strict=True)
         ]
-        if self._grad_rows is None or self._grad_rows[0] != rows:
-            host = torch.tensor(rows, dtype=torch.int64)
+        if self._grad_rows is None or self._grad_rows[0] != key:
+            host = torch.tensor(key, dtype=torch.int64)
             if self.device.type == "cuda":
                 host = host.pin_memory()
-            self._grad_rows = rows, host.to(self.device, non_blocking=True)
-        return self._grad_rows[1]
+            aligned = all(pointer % 16 == 0 for pointer, _, _ in key)
+            self._grad_rows = key, host.to(self.device, non_blocking=True), aligned
+        return self._grad_rows[1:]
 
     @cached_property
     def _staged(self) -> dict[int, Tensor]:

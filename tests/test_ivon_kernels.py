@@ -25,9 +25,12 @@ MIXED = (torch.float32, torch.bfloat16, torch.float16, torch.float32, torch.floa
 DOUBLE = (torch.float64,) * 5
 
 
-def _bucket(dtypes, device, offsets=(0, 6, 0, 3, 0)):
+RAGGED = [(7,), (33, 50), (1, 63), (1023,), (6, 10)]
+REGULAR = [(8,), (33, 48), (1, 64), (1024,), (8, 10)]
+
+
+def _bucket(dtypes, device, offsets=(0, 6, 0, 3, 0), shapes=RAGGED):
     generator = torch.Generator().manual_seed(0)
-    shapes = [(7,), (33, 50), (1, 63), (1023,), (6, 10)]
     params = [torch.randn(s, generator=generator).to(device, d) for s, d in zip(shapes, dtypes, strict=True)]
     params[4] = params[4].t()  # memory not in element order
     bucket = ParamBucket(params, [0, 5, 2, 3, 9], [0, 0, 1, 1, 1], offsets, num_groups=2)
@@ -61,8 +64,11 @@ def _assert_close(got, expected):
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("dtypes", [MIXED, DOUBLE], ids=["mixed", "fp64"])
 @pytest.mark.parametrize("debias", [True, False])
-def test_steps_agree_with_twin(dtypes, price, debias, device):
-    got, expected = _bucket(dtypes, device), _bucket(dtypes, "cpu")
+@pytest.mark.parametrize("regular", [True, False], ids=["regular", "ragged"])
+def test_steps_agree_with_twin(dtypes, price, debias, regular, device):
+    layout = {"offsets": (0, 4, 0, 8, 0), "shapes": REGULAR} if regular else {}
+    got, expected = _bucket(dtypes, device, **layout), _bucket(dtypes, "cpu", **layout)
+    assert got.regular == regular
     for draw in range(1, 4):
         for kernels, bucket in ((ivon, got), (ivon_twin, expected)):
             kernels.ivon_sample(bucket, seed=3, draw=1, train=True)
