@@ -46,10 +46,30 @@ def _unit_open(word):
 
 
 @triton.jit
+def _cos_sin_turn(word):
+    """Return ``(cos, sin)(2π (word + 1/2) / 2^32)`` to fp32 rounding, without a branch.
+
+    The word splits exactly into the nearest quarter turn q and a rest of at most an eighth of a turn;
+    polynomials give cosine and sine of the rest (libdevice's would carry a slow path for large angles).
+    """
+    rest = (word << 2).to(tl.int32, bitcast=True) >> 2
+    q = (word + 0x20000000) >> 30
+    t = (rest.to(tl.float32) + 0.5) * 1.4629180792671596e-09  # (π/2) / 2^30
+    z = t * t
+    sine = t + t * z * (-1.6666654611e-1 + z * (8.3321608736e-3 + z * -1.9515295891e-4))
+    cosine = 4.166664568298827e-2 + z * (-1.388731625493765e-3 + z * 2.443315711809948e-5)
+    cosine = 1.0 - 0.5 * z + z * z * cosine
+    odd = (q & 1) != 0
+    c = tl.where(odd, sine, cosine)
+    s = tl.where(odd, cosine, sine)
+    return tl.where(((q + 1) & 2) != 0, -c, c), tl.where((q & 2) != 0, -s, s)
+
+
+@triton.jit
 def _box_muller(word_radius, word_angle):
     radius = tl.sqrt(-2.0 * tl.log(_unit_open(word_radius)))
-    angle = 6.283185307179586 * _unit_open(word_angle)
-    return radius * tl.cos(angle), radius * tl.sin(angle)
+    cosine, sine = _cos_sin_turn(word_angle)
+    return radius * cosine, radius * sine
 
 
 @triton.jit
