@@ -43,7 +43,7 @@ def _expected():
     weight = _weight()
     bucket = ParamBucket([weight], [0], [0])
     bucket.hess.fill_(0.25)
-    bucket.mean.copy_(weight.detach().view(-1))
+    bucket.view(bucket.mean, 0).copy_(weight.detach())
     bucket.set_hyper([[0.1, 0.9, 0.99999, 1e-4, 50.0, float("inf"), 1.0, 0.0]])
     for _ in range(2):
         for count, seed in enumerate((SEED, SEED + 1), start=1):
