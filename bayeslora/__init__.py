@@ -9,12 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["IVON", "Posterior", "metrics", "patch", "unpatch"]
+__all__ = ["IVON", "Posterior", "capture_step", "metrics", "patch", "unpatch"]
 
-_HOME = {"IVON": "ivon", "Posterior": "posterior", "patch": "patching", "unpatch": "patching"}
+_HOME = {
+    "IVON": "ivon",
+    "Posterior": "posterior",
+    "capture_step": "capture",
+    "patch": "patching",
+    "unpatch": "patching",
+}
 
 if TYPE_CHECKING:
     from . import metrics
+    from .capture import capture_step
     from .ivon import IVON
     from .patching import patch, unpatch
     from .posterior import Posterior

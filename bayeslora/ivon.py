@@ -433,6 +433,24 @@ class IVON(torch.optim.Optimizer):
         for bucket in buckets:
             bucket.control[NONFINITE].copy_(flag, non_blocking=True)
 
+    # ---- CUDA graphs (see capture.py) ------------------------------------------------------------
+
+    def refresh_hyperparameters(self) -> None:
+        """Bring the groups' current hyperparameters to the device, for a captured step to read."""
+        for bucket in self._store.within_step():
+            self._store.set_hyper(bucket, 1.0, self.rescale_lr)
+
+    def finish_capture(self) -> list[Tensor]:
+        """Fill the gradient tables that a captured step reads; return them, to be kept with the graph."""
+        return [table for bucket in self._store.within_step() for table in bucket.finish_capture()]
+
+    def abandon_capture(self) -> None:
+        """After a recording that failed: put the mean back and drop the samples of the step."""
+        for bucket in self._store.within_step():
+            bucket.abandon_capture()
+        self._show(None)
+        self._forget_samples()
+
     @property
     def skipped_steps(self) -> int:
         """Steps dropped for non-finite gradients so far. Reading it waits for the device."""

@@ -88,6 +88,7 @@ class ParamBucket:
         self.beta1_power = torch.ones(num_groups, dtype=torch.float64, device=self.device)
         self.hyper = torch.zeros(num_groups, HYPER_WIDTH, dtype=torch.float64, device=self.device)
         self.twin_noise: tuple[int, int, Tensor] | None = None  # (seed, draw, normals), kept by the twin
+        self._uncopied: list[tuple[Tensor, Tensor]] = []
         self._hyper_values: list[list[float]] | None = None
         self._grad_rows: tuple[list[tuple[int, int, bool]], Tensor, bool] | None = None
 
@@ -190,12 +191,31 @@ class ParamBucket:
             for g, on in zip(grads, active, strict=True)
         ]
         if self._grad_rows is None or self._grad_rows[0] != key:
-            host = torch.tensor(key, dtype=torch.int64)
-            if self.device.type == "cuda":
-                host = host.pin_memory()
             aligned = all(pointer % 16 == 0 for pointer, _, _ in key)
-            self._grad_rows = key, host.to(self.device, non_blocking=True), aligned
+            self._grad_rows = key, self._upload(torch.tensor(key, dtype=torch.int64)), aligned
         return self._grad_rows[1:]
+
+    def _upload(self, host: Tensor) -> Tensor:
+        """Copy a table to the device; while a CUDA graph is recorded, leave that to finish_capture()."""
+        if self.device.type != "cuda":
+            return host
+        if torch.cuda.is_current_stream_capturing():
+            table = torch.empty_like(host, device=self.device)
+            self._uncopied.append((table, host))
+            return table
+        return host.pin_memory().to(self.device, non_blocking=True)
+
+    def finish_capture(self) -> list[Tensor]:
+        """Fill the tables made while a CUDA graph was recorded, and return them; the graph reads them."""
+        tables = [table.copy_(host) for table, host in self._uncopied]
+        self._uncopied.clear()
+        self._grad_rows = None  # they belong to the graph
+        return tables
+
+    def abandon_capture(self) -> None:
+        """Forget the tables of a recording that failed."""
+        self._uncopied.clear()
+        self._grad_rows = None
 
     @cached_property
     def _staged(self) -> dict[int, Tensor]:
