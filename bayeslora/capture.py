@@ -134,33 +134,31 @@ class CapturedStep:
     def _capture(self, parts: Sequence[Batch]) -> _Graph | None:
         """Record the step for these shapes (nothing is executed); None if it cannot be recorded."""
         inputs = [{name: t.clone() for name, t in part.items()} for part in parts]
-        self._refresh()
+        ivon = self.opt if isinstance(self.opt, IVON) else None
+        if ivon is not None:
+            ivon.prepare_capture()
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
                 loss = self._run(inputs)
         except RuntimeError as error:
-            if isinstance(self.opt, IVON):
-                self.opt.abandon_capture()
+            if ivon is not None:
+                ivon.finish_capture(recorded=False)
             self._go_eager(f"the step cannot be captured: {str(error).splitlines()[0]}")
             return None
         kept: list[Any] = [p.grad for p in self._params]
-        if isinstance(self.opt, IVON):
-            kept += self.opt.finish_capture()
+        if ivon is not None:
+            kept += ivon.finish_capture(recorded=True)
         return _Graph(graph, inputs, loss, kept)
 
     def _replay(self, captured: _Graph, parts: Sequence[Batch]) -> Tensor:
         for static, part in zip(captured.inputs, parts, strict=True):
             for name, tensor in part.items():
                 static[name].copy_(tensor, non_blocking=True)
-        self._refresh()
+        if isinstance(self.opt, IVON):
+            self.opt.refresh_hyperparameters()  # a graph cannot read the learning rate from the host
         captured.graph.replay()
         return captured.loss.clone()
-
-    def _refresh(self) -> None:
-        """Bring this step's learning rate to the device: a graph cannot read it from the host."""
-        if isinstance(self.opt, IVON):
-            self.opt.refresh_hyperparameters()
 
     def _go_eager(self, reason: str) -> None:
         self._eager = True

@@ -436,20 +436,27 @@ class IVON(torch.optim.Optimizer):
     # ---- CUDA graphs (see capture.py) ------------------------------------------------------------
 
     def refresh_hyperparameters(self) -> None:
-        """Bring the groups' current hyperparameters to the device, for a captured step to read."""
+        """Bring the groups' current hyperparameters to the device, for a recorded step to read."""
         for bucket in self._store.within_step():
             self._store.set_hyper(bucket, 1.0, self.rescale_lr)
 
-    def finish_capture(self) -> list[Tensor]:
-        """Fill the gradient tables that a captured step reads; return them, to be kept with the graph."""
-        return [table for bucket in self._store.within_step() for table in bucket.finish_capture()]
-
-    def abandon_capture(self) -> None:
-        """After a recording that failed: put the mean back and drop the samples of the step."""
+    def prepare_capture(self) -> None:
+        """Make ready for one step to be recorded in a CUDA graph; :meth:`finish_capture` follows it."""
+        self.refresh_hyperparameters()
         for bucket in self._store.within_step():
-            bucket.abandon_capture()
-        self._show(None)
-        self._forget_samples()
+            bucket.prepare_capture()
+
+    def finish_capture(self, recorded: bool) -> list[Tensor | None]:
+        """Return the tables that the recorded step reads, to be kept with the graph.
+
+        Args:
+            recorded: whether recording succeeded. If not, the mean is put back and the step forgotten.
+        """
+        tables = [bucket.finish_capture() for bucket in self._store.within_step()]
+        if not recorded:
+            self._show(None)
+            self._forget_samples()
+        return tables
 
     @property
     def skipped_steps(self) -> int:

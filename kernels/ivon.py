@@ -52,12 +52,12 @@ from bayeslora.kernels.ivon_device import (
     store_as,
     update_tile,
 )
-from bayeslora.kernels.noise import randn_block
+from bayeslora.kernels.noise import randn_rows
 from bayeslora.kernels.param_bucket import BLOCK, ParamBucket
 
 _NUM_WARPS = 4
-_BLOCKS_PER_SM = 4  # resident blocks of the cooperative launch: 4 x 128 threads x 128 registers fill one
-_MAX_REGISTERS = 128
+_BLOCKS_PER_SM = 8  # resident blocks of the cooperative launch: 8 x 128 threads x 64 registers fill one
+_MAX_REGISTERS = 64
 
 
 @triton.jit(do_not_specialize=["seed", "draw"])
@@ -95,9 +95,9 @@ def _ivon_sample_kernel(
         decay = hyper(hyper_ptr, row_ptr, WEIGHT_DECAY).to(DTYPE)
         ess = hyper(hyper_ptr, row_ptr, ESS).to(DTYPE)
         variance_scale = hyper(hyper_ptr, row_ptr, VARIANCE_SCALE).to(DTYPE)
-        variance = variance_scale / (ess * (hess + decay))
-        z = randn_block(seed, draw, tl.load(row_ptr + STREAM), group_start, BLOCK).to(DTYPE)
-        mean += tl.sqrt(variance) * z
+        std = tl.sqrt(variance_scale) * tl.rsqrt(ess * (hess + decay))
+        z = randn_rows(seed, draw, tl.load(row_ptr + STREAM), group_start, BLOCK // 4).to(DTYPE)
+        mean += std * z
     store_as(address, code, index, mean, mask, REGULAR)
 
 

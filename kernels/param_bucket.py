@@ -88,7 +88,8 @@ class ParamBucket:
         self.beta1_power = torch.ones(num_groups, dtype=torch.float64, device=self.device)
         self.hyper = torch.zeros(num_groups, HYPER_WIDTH, dtype=torch.float64, device=self.device)
         self.twin_noise: tuple[int, int, Tensor] | None = None  # (seed, draw, normals), kept by the twin
-        self._uncopied: list[tuple[Tensor, Tensor]] = []
+        self._recorded_table: Tensor | None = None
+        self._recorded_rows: Tensor | None = None
         self._hyper_values: list[list[float]] | None = None
         self._grad_rows: tuple[list[tuple[int, int, bool]], Tensor, bool] | None = None
 
@@ -200,22 +201,26 @@ class ParamBucket:
         if self.device.type != "cuda":
             return host
         if torch.cuda.is_current_stream_capturing():
-            table = torch.empty_like(host, device=self.device)
-            self._uncopied.append((table, host))
-            return table
+            if self._recorded_table is None or self._recorded_rows is not None:
+                raise RuntimeError(
+                    "a recorded step may read one gradient table; call prepare_capture() first"
+                )
+            self._recorded_rows = host
+            return self._recorded_table
         return host.pin_memory().to(self.device, non_blocking=True)
 
-    def finish_capture(self) -> list[Tensor]:
-        """Fill the tables made while a CUDA graph was recorded, and return them; the graph reads them."""
-        tables = [table.copy_(host) for table, host in self._uncopied]
-        self._uncopied.clear()
-        self._grad_rows = None  # they belong to the graph
-        return tables
+    def prepare_capture(self) -> None:
+        """Make the gradient table of a step about to be recorded, outside the memory the graph reuses."""
+        self._recorded_table = torch.zeros(
+            len(self.params), GRAD_WIDTH, dtype=torch.int64, device=self.device
+        )
+        self._recorded_rows = None
 
-    def abandon_capture(self) -> None:
-        """Forget the tables of a recording that failed."""
-        self._uncopied.clear()
-        self._grad_rows = None
+    def finish_capture(self) -> Tensor | None:
+        """Fill and return the table that the recorded step reads; None if it was given up."""
+        table, rows = self._recorded_table, self._recorded_rows
+        self._recorded_table = self._recorded_rows = self._grad_rows = None
+        return None if table is None or rows is None else table.copy_(rows)
 
     @cached_property
     def _staged(self) -> dict[int, Tensor]:
