@@ -35,12 +35,12 @@ class BucketStore:
         self._buckets: list[ParamBucket] | None = None
         self._params: list[Tensor] = []
         self._memory: tuple[list[int], list[torch.dtype]] = [], []
-        self._traits: list[Any] = []
+        self._traits: tuple[list[Any], list[bool]] = [], []
 
     def current(self) -> list[ParamBucket]:
         """Return the buckets, made anew if a parameter was moved, cast, frozen, thawed or added."""
         params = [p for group in self._optimizer.param_groups for p in group["params"]]
-        traits = [(p.shape, p.device, p.requires_grad) for p in params]
+        traits = [p.shape for p in params], [p.requires_grad for p in params]
         memory = _memory(params)
         if self._buckets is None or traits != self._traits or memory != self._memory:
             self._buckets = self._make()

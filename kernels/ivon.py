@@ -52,7 +52,7 @@ from bayeslora.kernels.ivon_device import (
     store_as,
     update_tile,
 )
-from bayeslora.kernels.noise import randn_rows
+from bayeslora.kernels.noise import randn_block
 from bayeslora.kernels.param_bucket import BLOCK, ParamBucket
 
 _NUM_WARPS = 4
@@ -96,7 +96,7 @@ def _ivon_sample_kernel(
         ess = hyper(hyper_ptr, row_ptr, ESS).to(DTYPE)
         variance_scale = hyper(hyper_ptr, row_ptr, VARIANCE_SCALE).to(DTYPE)
         std = tl.sqrt(variance_scale) * tl.rsqrt(ess * (hess + decay))
-        z = randn_rows(seed, draw, tl.load(row_ptr + STREAM), group_start, BLOCK // 4).to(DTYPE)
+        z = randn_block(seed, draw, tl.load(row_ptr + STREAM), group_start, BLOCK).to(DTYPE)
         mean += std * z
     store_as(address, code, index, mean, mask, REGULAR)
 

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from bayeslora.kernels import param_bucket as pb
-from bayeslora.kernels.noise import randn_rows
+from bayeslora.kernels.noise import randn_block
 
 ROW_WIDTH = tl.constexpr(pb.ROW_WIDTH)
 PARAM_PTR, START, NUMEL = tl.constexpr(pb.PARAM_PTR), tl.constexpr(pb.START), tl.constexpr(pb.NUMEL)
@@ -75,7 +75,6 @@ def round_as(value, dtype_code, DTYPE: tl.constexpr):
 def locate(rows_ptr, tile_tensor_ptr, tile, BLOCK: tl.constexpr, REGULAR: tl.constexpr):
     """Return (tensor, row pointer, element index, flat position, mask, first noise group) of a tile.
 
-    Blocks are ``[BLOCK / 4, 4]``: a row is a noise group, so that noise and data lie in the same threads.
     REGULAR promises what ``ParamBucket.regular`` says, so that loads are 16 bytes wide.
     """
     tensor = tl.load(tile_tensor_ptr + tile).to(tl.int64)
@@ -83,14 +82,13 @@ def locate(rows_ptr, tile_tensor_ptr, tile, BLOCK: tl.constexpr, REGULAR: tl.con
     within = (tile - tl.load(row_ptr + FIRST_TILE)) * BLOCK
     start = tl.load(row_ptr + START)
     numel = tl.load(row_ptr + NUMEL)
-    offset = 4 * tl.arange(0, BLOCK // 4)[:, None] + tl.arange(0, 4)[None, :]
     if REGULAR:
         start = tl.multiple_of(start, 8)
         numel = tl.multiple_of(numel, 8)
-        index = within + offset
+        index = within + tl.arange(0, BLOCK)
         mask = index < numel
     else:
-        index = within - start % 4 + offset  # a shard may begin inside a group of four
+        index = within - start % 4 + tl.arange(0, BLOCK)  # a shard may begin inside a group of four
         mask = (index >= 0) & (index < numel)
     group_start = tl.load(row_ptr + GROUP_START) + within // 4
     return tensor, row_ptr, index, start + index, mask, group_start
@@ -118,7 +116,7 @@ def curvature(
 ):
     """Return the curvature estimate f of a tile: Price's theorem, or squared gradients."""
     if PRICE:
-        z = randn_rows(seed, draw, stream, group_start, BLOCK // 4).to(DTYPE)
+        z = randn_block(seed, draw, stream, group_start, BLOCK).to(DTYPE)
         f = grad * z * tl.sqrt(ess * (hess + decay))
     else:
         f = ess * grad * grad
@@ -163,12 +161,12 @@ def flag_nonfinite(
     REGULAR: tl.constexpr,
 ):
     """Raise the flag ``control[NONFINITE]`` if this program's tiles hold a gradient that is not finite."""
-    bad = tl.zeros([BLOCK // 4, 4], dtype=tl.int32)
+    bad = tl.zeros([BLOCK], dtype=tl.int32)
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         tensor, _, index, flat, mask, _ = locate(rows_ptr, tile_tensor_ptr, tile, BLOCK, REGULAR)
         grad = load_grad(grads_ptr, avg_grad_ptr, tensor, index, flat, mask, DTYPE, AVERAGED, REGULAR)
         bad |= (~(tl.abs(grad) < float("inf"))).to(tl.int32)
-    if tl.max(bad) != 0:
+    if tl.max(bad, axis=0) != 0:
         tl.atomic_max(control_ptr + NONFINITE, 1)
 
 

@@ -88,16 +88,8 @@ def interleave4(v0, v1, v2, v3):
 
 
 @triton.jit
-def randn_rows(seed, draw, stream, group_start, GROUPS: tl.constexpr):
-    """Return the ``[GROUPS, 4]`` normals of elements ``4·group_start + (0 .. 4·GROUPS-1)``, row by row.
-
-    Four neighbours stay in one thread, as in a 16-byte load of fp32 rows: nothing goes through shared memory.
-    """
-    z0, z1, z2, z3 = randn4x(seed, draw, stream, group_start + tl.arange(0, GROUPS))
-    return tl.join(tl.join(z0, z2), tl.join(z1, z3)).reshape(GROUPS, 4)
-
-
-@triton.jit
 def randn_block(seed, draw, stream, group_start, BLOCK: tl.constexpr):
     """Return the ``[BLOCK]`` normals of elements ``4·group_start + (0 .. BLOCK-1)``, in element order."""
-    return randn_rows(seed, draw, stream, group_start, BLOCK // 4).reshape(BLOCK)
+    group = group_start + tl.arange(0, BLOCK // 4)
+    z0, z1, z2, z3 = randn4x(seed, draw, stream, group)
+    return interleave4(z0, z1, z2, z3)

@@ -14,6 +14,7 @@ Kernels find their work through ``rows``, one int64 row a tensor (columns ``PARA
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,7 +92,7 @@ class ParamBucket:
         self._recorded_table: Tensor | None = None
         self._recorded_rows: Tensor | None = None
         self._hyper_values: list[list[float]] | None = None
-        self._grad_rows: tuple[list[tuple[int, int, bool]], Tensor, bool] | None = None
+        self._grad_rows: tuple[tuple[Any, Any, Any], Tensor, bool] | None = None
 
     def _lay_out(self) -> tuple[list[int], int]:
         starts, end = [], 0
@@ -187,13 +188,13 @@ class ParamBucket:
         Returns:
             int64 ``[tensors, GRAD_WIDTH]`` and the alignment.
         """
-        key = [
-            (0, 0, on) if g is None else (g.data_ptr(), DTYPE_CODES[g.dtype], on)
-            for g, on in zip(grads, active, strict=True)
-        ]
-        if self._grad_rows is None or self._grad_rows[0] != key:
-            aligned = all(pointer % 16 == 0 for pointer, _, _ in key)
-            self._grad_rows = key, self._upload(torch.tensor(key, dtype=torch.int64)), aligned
+        pointers = [0 if g is None else g.data_ptr() for g in grads]
+        dtypes = [None if g is None else g.dtype for g in grads]
+        if self._grad_rows is None or self._grad_rows[0] != (pointers, dtypes, active):
+            codes = [0 if dtype is None else DTYPE_CODES[dtype] for dtype in dtypes]
+            table = torch.tensor([pointers, codes, active], dtype=torch.int64).t().contiguous()
+            aligned = all(pointer % 16 == 0 for pointer in pointers)
+            self._grad_rows = (pointers, dtypes, list(active)), self._upload(table), aligned
         return self._grad_rows[1:]
 
     def _upload(self, host: Tensor) -> Tensor:
