@@ -144,6 +144,7 @@ class CapturedStep:
         except RuntimeError as error:
             if ivon is not None:
                 ivon.finish_capture(recorded=False)
+            _end_generator_capture()
             self._go_eager(f"the step cannot be captured: {str(error).splitlines()[0]}")
             return None
         kept: list[Any] = [p.grad for p in self._params]
@@ -221,6 +222,12 @@ def capture_step(
         max_graphs=max_graphs,
         reason_for_eager=_reason_for_eager(opt),
     )
+
+
+def _end_generator_capture() -> None:
+    """Free the device's random generator from a recording that failed (torch leaves it in capture mode)."""
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    generator.graphsafe_set_state(generator.clone_state())
 
 
 def _reason_for_eager(opt: torch.optim.Optimizer) -> str | None:
