@@ -1,0 +1,61 @@
+"""The ``bayeslora`` command: its sub-commands, put together."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from . import __version__
+from ._backend import uses_triton
+from .cli_demo import demo
+from .cli_finetune import evaluate, finetune
+from .cli_support import pairs_table, versions
+from .finetune import resolve_device
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="bayeslora",
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help=(
+        "Fine-tune language models with LoRA and get a posterior instead of a point.\n\n"
+        "Start with `bayeslora demo`; then `bayeslora finetune` and `bayeslora evaluate` do the same with "
+        "your own model and data."
+    ),
+)
+app.command()(demo)
+app.command()(finetune)
+app.command()(evaluate)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    show_version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    if show_version:
+        typer.echo(f"bayeslora {__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def info() -> None:
+    """Show versions, the GPU, and which kernels will run here."""
+    import torch
+
+    facts = versions()
+    facts["gpu"] = "none"
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+        facts["gpu"] = f"{torch.cuda.get_device_name()}, sm_{major}{minor}, {memory:.0f} GiB"
+    triton = uses_triton(resolve_device())
+    facts["kernels"] = (
+        "Triton, compiled for this GPU" if triton else "plain-torch twins of the Triton kernels"
+    )
+    Console().print(pairs_table(facts))
