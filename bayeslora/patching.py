@@ -15,7 +15,8 @@ from peft.tuners.lora.layer import Linear as PeftLoraLinear
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from .lora_linear import lora_linear
+from .lora_group import LoraCall, LoraGroup, add_groups, remove_groups
+from .lora_linear import apply_layers
 
 _logger = logging.getLogger("bayeslora")
 
@@ -44,11 +45,18 @@ class FusedLoraLinear(PeftLoraLinear):
                 return _fused_forward(self, x, adapters[0])
         return super().forward(x, *args, **kwargs)
 
+    def __setstate__(self, state: Any) -> None:
+        """Restore a copied or unpickled layer; it joins the copy of its group."""
+        super().__setstate__(state)
+        if "_lora_group" in self.__dict__:
+            group, index = self.__dict__["_lora_group"]
+            group.join(index, self)
 
-def _active_adapters(layer: LoraLayer) -> list[str]:
+
+def _active_adapters(layer: Any) -> list[str]:
     """Return the names of the active adapters that ``layer`` holds."""
     active = layer._active_adapter
-    held = layer.lora_A._modules
+    held = layer._modules["lora_A"]._modules
     return [name for name in ((active,) if isinstance(active, str) else active) if name in held]
 
 
@@ -124,23 +132,54 @@ def _fits(layer: PeftLoraLinear, x: Tensor) -> bool:
     """Tell whether the fused forward takes this input; PEFT's reports what is wrong with any other."""
     if not isinstance(x, Tensor) or torch._C._are_functorch_transforms_active():
         return False
-    return x.dtype == layer.weight.dtype or torch.is_autocast_enabled(x.device.type)
-
-
-def _fused_forward(layer: PeftLoraLinear, x: Tensor, adapter: str) -> Tensor:
+    if x.dim() == 0 or x.shape[-1] != layer.in_features:
+        return False
     modules: Any = layer._modules
+    weight = modules["base_layer"]._parameters["weight"]
+    return x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)
+
+
+def _lora_call(layer: Any, adapter: str) -> LoraCall:
+    modules = layer._modules
     base = modules["base_layer"]
-    weight = base._parameters["weight"]
     dropout = modules["lora_dropout"]._modules[adapter]
-    return lora_linear(
-        x,
-        weight.t() if _weight_is_transposed(type(base)) else weight,
+    return LoraCall(
+        base._parameters["weight"],
         base._parameters["bias"],
         modules["lora_A"]._modules[adapter]._parameters["weight"],
         modules["lora_B"]._modules[adapter]._parameters["weight"],
+        bool(_weight_is_transposed(type(base))),
         layer.scaling[adapter],
         dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0,
     )
+
+
+def _sibling_call(layer: nn.Module, x: Tensor) -> LoraCall | None:
+    """Return what a plain call ``layer(x)`` would compute, or None if the fused forward would not serve it.
+
+    Hooks that may replace the input count as not served; those that see the output are called with it.
+    """
+    if type(layer) is not FusedLoraLinear or layer._disable_adapters or layer.merged_adapters:
+        return None
+    if layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        return None
+    adapters = _active_adapters(layer)
+    if "forward" in layer.__dict__ or len(adapters) != 1:
+        return None
+    if _unsupported(layer, adapters[0]) is not None or not _fits(layer, x):
+        return None
+    return _lora_call(layer, adapters[0])
+
+
+def _fused_forward(layer: PeftLoraLinear, x: Tensor, adapter: str) -> Tensor:
+    call = _lora_call(layer, adapter)
+    if "_lora_group" in layer.__dict__ and not torch.compiler.is_compiling():
+        group: LoraGroup
+        group, index = layer.__dict__["_lora_group"]
+        y = group.output(index, layer, x, call, _sibling_call)
+        if y is not None:
+            return y
+    return apply_layers(x, (call.tensors(),), call.scaling, call.dropout_p)[0]
 
 
 def _lora_layers(model: nn.Module) -> Iterator[LoraLayer]:
@@ -204,6 +243,7 @@ def patch(model: _Model, adapter_name: str | None = None) -> _Model:
             layer.__class__ = FusedLoraLinear
         else:
             left[reason] += 1
+    add_groups(model, FusedLoraLinear)
     patched = len(layers) - left.total()
     detail = ", ".join(f"{reason}: {count}" for reason, count in left.most_common())
     _logger.info(
@@ -214,6 +254,7 @@ def patch(model: _Model, adapter_name: str | None = None) -> _Model:
 
 def unpatch(model: _Model) -> _Model:
     """Give every layer that `patch` changed its own class back, in place; return ``model`` itself."""
+    remove_groups(model)
     for module in model.modules():
         if type(module) is FusedLoraLinear:
             module.__class__ = PeftLoraLinear  # type: ignore[assignment]

@@ -104,15 +104,6 @@ def _some_layer(model: nn.Module) -> nn.Module:
     return model.base_model.model.model.layers[0].self_attn.q_proj
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On busy cores the barriers between threads cost many times the work on tensors this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def fused_calls(monkeypatch) -> list:
     """Grows by the adapter's name at each call that the fused forward serves."""

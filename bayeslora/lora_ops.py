@@ -1,0 +1,139 @@
+"""The LoRA linear layer as operators that ``torch.compile`` keeps whole: no graph break, one node a layer.
+
+``bayeslora::lora_linear`` and ``bayeslora::lora_linear_backward`` are ``forward`` and ``backward`` of
+``lora_linear.py`` for one layer, with shapes for tracing and the one as the other's gradient. Eager code
+does not come here: calling a registered operator costs more host time than the autograd function.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .lora_linear import LoraWeights, Needs, Saved, backward, forward
+from .lora_products import cast
+
+
+@torch.library.custom_op("bayeslora::lora_linear", mutates_args=())
+def _lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Return y ``(..., N)`` and h ``(M, r)``, in ``dtype``."""
+    layer = LoraWeights(weight, bias, lora_a, lora_b)
+    result = forward(x, (layer,), scaling, dropout_p, seed, dtype)
+    return result.outputs[0], result.hidden
+
+
+@_lora_linear.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    leading = x.shape[:-1]
+    y = x.new_empty(*leading, weight.shape[0], dtype=dtype)
+    return y, x.new_empty(math.prod(leading), lora_a.shape[0], dtype=dtype)
+
+
+@torch.library.custom_op("bayeslora::lora_linear_backward", mutates_args=())
+def _lora_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    hidden: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    needs_x: bool,
+    needs_a: bool,
+    needs_b: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dx, dA and dB; an empty tensor for each that is not needed."""
+    dtype = dy.dtype
+    flat = cast(x, dtype).reshape(-1, x.shape[-1])
+    saved = Saved(flat, hidden, seed, cast(lora_a, dtype), [cast(lora_b, dtype)], [weight])
+    needs = Needs(needs_x, [needs_a], [needs_b])
+    dtypes = [(lora_a.dtype, lora_b.dtype)]
+    with torch.autocast(dy.device.type, enabled=False):
+        dx, (da,), (db,) = backward([dy], saved, needs, dtypes, scaling, dropout_p)
+    return (
+        x.new_empty(0) if dx is None else cast(dx, x.dtype).view(x.shape),
+        lora_a.new_empty(0) if da is None else da,
+        lora_b.new_empty(0) if db is None else db,
+    )
+
+
+@_lora_linear_backward.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    hidden: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    needs_x: bool,
+    needs_a: bool,
+    needs_b: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    wanted = ((x, needs_x), (lora_a, needs_a), (lora_b, needs_b))
+    return tuple(t.new_empty(t.shape if needed else (0,)) for t, needed in wanted)  # type: ignore[return-value]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, _, lora_a, lora_b, scaling, dropout_p, seed, _ = inputs
+    ctx.save_for_backward(x, weight, lora_a, lora_b, output[1], seed)
+    ctx.set_materialize_grads(False)
+    ctx.scaling, ctx.dropout_p = scaling, dropout_p
+
+
+def _backward(ctx: Any, dy: Tensor | None, _dh: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 9
+    x, weight, lora_a, lora_b, hidden, seed = ctx.saved_tensors
+    needs_x, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
+    dx, da, db = _lora_linear_backward(
+        dy,
+        x,
+        weight,
+        lora_a,
+        lora_b,
+        hidden,
+        ctx.scaling,
+        ctx.dropout_p,
+        seed,
+        needs_x,
+        needs_a,
+        needs_b,
+    )
+    gradients = (dx if needs_x else None, None, None, da if needs_a else None, db if needs_b else None)
+    return *gradients, None, None, None, None
+
+
+_lora_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+def compiled_lora_linear(
+    x: Tensor, layer: LoraWeights, scaling: float, dropout_p: float, seed: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Apply one layer as an operator; arguments are checked by the caller."""
+    return _lora_linear(x, *layer, float(scaling), dropout_p, seed, dtype)[0]

@@ -1,0 +1,92 @@
+"""The matrix products of a LoRA layer: the one place that decides which implementation runs each of them.
+
+Everything here takes 2-D tensors of one dtype on one device, records no gradients and makes no decision
+about autograd; ``lora_linear.py`` is made of these. Each is cuBLAS's, with the scaling or the sum in the
+product's epilogue, but for layers (and groups of layers) whose shape was measured to be faster with the
+project's own kernels: `kernel_route` says which, and ``kernels/lora_layer.py`` runs them whole.
+"""
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ._backend import uses_triton
+from .kernels import lora_linear_twin
+
+_HALF = (torch.bfloat16, torch.float16)
+_KERNEL_ROWS = 4096  # below, a launch of ours costs the host more than it saves the GPU (bench/NOTES.md)
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``tensor.to(dtype)`` without the call where there is nothing to do: this is host-bound code."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def dropout_ops(x: Tensor) -> ModuleType:
+    """Return the module that draws dropout for ``x``: Triton on a GPU; the twin elsewhere, and for fp64."""
+    if uses_triton(x.device) and x.dtype != torch.float64:
+        from .kernels import lora_linear
+
+        return lora_linear
+    return lora_linear_twin
+
+
+def kernel_route(direction: str, x: Tensor, weights: Sequence[Tensor], r: int) -> str | None:
+    """Return the route of ``kernels/lora_layer.py`` for layers that read x, or None for the products here.
+
+    Args:
+        direction: "forward" or "backward".
+        x: ``(M, K)``.
+        weights: ``(Nᵢ, K)`` of each layer.
+        r: the layers' ranks together.
+    """
+    if x.shape[0] < _KERNEL_ROWS or x.dtype not in _HALF or not uses_triton(x.device):
+        return None
+    from .kernels.lora_routes import CUBLAS, layer_route
+
+    route = layer_route(direction, x, sum(weight.shape[0] for weight in weights), x.shape[1], r)
+    return None if route == CUBLAS else route
+
+
+def hidden_product(x: Tensor, lora_a: Tensor, scaling: float) -> Tensor:
+    """Return ``h = s x Aᵀ``, ``(M, R)``, rounded once."""
+    return x.new_empty(x.shape[0], lora_a.shape[0]).addmm_(x, lora_a.t(), beta=0.0, alpha=scaling)
+
+
+def base_plus_lora(x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, lora_b: Tensor) -> Tensor:
+    """Return ``x Wᵀ + bias + h Bᵀ``, ``(M, N)``, in memory of its own."""
+    return F.linear(x, weight, bias).addmm_(hidden, lora_b.t())
+
+
+def hidden_gradient(out: Tensor, dy: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+    """Write ``dh = s dy B`` to ``out`` ``(M, r)``, which may have padded rows, and return it."""
+    return out.addmm_(dy, lora_b, beta=0.0, alpha=scaling)
+
+
+def tall_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``leftᵀ right``, a sum over M rows, in ``dtype``: dA = dhᵀ x and dB = dyᵀ h.
+
+    A half-precision product goes to fp32 unrounded where cuBLAS can.
+    """
+    if left.is_cuda and dtype == torch.float32 and left.dtype in _HALF:
+        return torch.mm(left.t(), right, out_dtype=dtype)
+    return cast(torch.mm(left.t(), right), dtype)
+
+
+def input_gradient(
+    dys: list[Tensor], weights: list[Tensor], lora: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """Return ``Σ dyᵢ Wᵢ + dh A``, ``(M, K)``, each sum in the epilogue of a product.
+
+    Args:
+        dys: ``(M, Nᵢ)`` each, at least one.
+        weights: ``(Nᵢ, K)`` each.
+        lora: dh ``(M, R)`` and A ``(R, K)``, or None for the base's part alone.
+    """
+    dx = torch.mm(dys[0], weights[0])
+    for dy, weight in zip(dys[1:], weights[1:], strict=True):
+        dx.addmm_(dy, weight)
+    return dx if lora is None else dx.addmm_(*lora)

@@ -1,0 +1,90 @@
+"""Rewrite README's tables from the files in ``bench/results``, so that no figure is typed by hand.
+
+``python bench/readme_tables.py`` rewrites; ``--check`` only says (exit 1) whether README is out of date.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+
+
+def load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / name).read_text())
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
+    return "\n".join(lines)
+
+
+def demo_table() -> str:
+    """Accuracy and calibration of the demo's four predictors, as ``bayeslora demo`` measured them."""
+    result = load("demo_cpu.json")
+    head = ["", "accuracy %", "ECE %", "NLL", "Brier", "s / step"]
+    rows = []
+    for row in result["rows"]:
+        cells = [f"{100 * row['accuracy']:.1f}", f"{100 * row['ece']:.1f}", f"{row['nll']:.3f}"]
+        rows.append([row["name"], *cells, f"{row['brier']:.3f}", f"{row['seconds_per_step']:.2f}"])
+    note = (
+        f"{result['test_rows']} test questions, {result['steps']} steps of 8, one seed; a CPU with 2 cores, "
+        f"torch {result['versions']['torch']}, {result['seconds']:.0f} s in all."
+    )
+    return f"{table(head, rows)}\n\n{note}"
+
+
+def ivon_table() -> str:
+    """Milliseconds of an optimizer step, per case of ``bench/bench_ivon.py``."""
+    result = load("ivon_nvidia_h100_80gb_hbm3.json")
+    names = ["bayeslora IVON", "AdamW fused", "AdamW foreach", "ivon-opt"]
+    rows = []
+    for row in result["rows"]:
+        cells = [f"{row['case']}: {row['tensors']:,} tensors, {row['parameters'] / 1e6:,.1f} M"]
+        for name in names:
+            wall = row["seconds"].get(name, {}).get("wall")
+            cells.append(f"{1e3 * wall['median']:.2f}" if wall else "-")
+        rows.append(cells)
+    env = result["environment"]
+    note = (
+        f"Milliseconds a step (wall clock, median of interleaved rounds), bf16 weights; {env['device']}, "
+        f"torch {env['torch']}, triton {env['triton']}."
+    )
+    return f"{table(['tensors trained', *names], rows)}\n\n{note}"
+
+
+TABLES: dict[str, Callable[[], str]] = {"demo": demo_table, "ivon": ivon_table}
+
+
+def rewrite(text: str) -> str:
+    for name, make in TABLES.items():
+        pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise SystemExit(f"README.md has no markers for the table {name!r}")
+        body = make()
+        text = pattern.sub(lambda match, body=body: f"{match[1]}{body}\n{match[2]}", text)
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit 1 if README is out of date"
+    )
+    arguments = parser.parse_args()
+    readme = ROOT / "README.md"
+    before = readme.read_text()
+    after = rewrite(before)
+    if arguments.check and after != before:
+        sys.exit("README.md is out of date: run python bench/readme_tables.py")
+    if not arguments.check:
+        readme.write_text(after)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,273 @@
+"""Forward and backward of one LoRA layer with the skinny products hidden behind the GEMM (Hopper).
+
+Equation (``lora_linear_twin.py``)::
+
+    h  = s x Aᵀ       y  = x Wᵀ + bias + h Bᵀ
+    dh = s dy B       dx = dy W + dh A       dA = dhᵀ x       dB = dyᵀ h
+
+The skinny products move bytes and leave the tensor cores idle; the GEMM does the opposite. Programmatic
+dependent launch lets a kernel start while the one before it on the stream still runs:
+
+1. h (or dh): says at its start that the next kernel may start;
+2. the GEMM: starts at once beside it, and waits for it before its first LoRA step, at a tile's end;
+3. dA and dB together: starts once every GEMM program has passed that wait, in the shared memory and
+   registers that the GEMM leaves free, and only its first program waits for the GEMM, so that whatever
+   follows on the stream follows both;
+4. the sum of the parts of dA and dB, in order: an ordinary launch.
+
+One stream, no events, four launches backward and two forward. Layers that share x (q, k and v; gate and
+up) share h's launch, the GEMM of dx, whose K loop runs over all their dy, and dA's. Bytes as in
+``lora_skinny.py``, with dy read three times (dh, GEMM, dB); parts of dA and dB: ranges · (N + K) r floats.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .lora_gemm import Tiles, fits_tma, gemm_tma, padded_rank
+from .lora_skinny import RowTiles, _sum_parts_kernel, xa_triton
+
+_SUM_BLOCK = 512
+_MAX_ROWS = 2048  # in one fp32 accumulator: tensor cores truncate, and their error grows with its length
+MAX_RANK = 64  # wider ranks leave the GEMM's neighbours no room
+
+
+class PairTiles(NamedTuple):
+    """Compile-time choices of `_tall_pair_kernel`."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    programs: int  # aimed at: as many as run beside the GEMM at a time
+
+
+@triton.jit
+def _tall_pair_kernel(
+    out0_ptr,  # parts of the first product: [ranges, width0, rank0] or [ranges, rank0, width0]
+    wide0_ptr,  # [M, width0]
+    thin0_ptr,  # [M, rank0]
+    width0,
+    rank0,
+    stride_wm0,
+    stride_tm0,
+    stride_tr0,
+    stride_oc0,
+    stride_or0,
+    out1_ptr,  # the same of the second; width1 is 0 where there is none
+    wide1_ptr,
+    thin1_ptr,
+    width1,
+    rank1,
+    stride_wm1,
+    stride_tm1,
+    stride_tr1,
+    stride_oc1,
+    stride_or1,
+    M,
+    rows_in_range,
+    R: tl.constexpr,  # the larger rank rounded up to a power of two >= 16
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """Write one range's part of ``wideᵀ thin`` for BLOCK_N columns of one of two products."""
+    if OVERLAP:
+        gdc_launch_dependents()
+    pid, part = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    blocks0 = tl.cdiv(width0, BLOCK_N)
+    if pid < blocks0:
+        width, rank, col, wide_ptr, thin_ptr, out_ptr = (
+            width0,
+            rank0,
+            pid * BLOCK_N,
+            wide0_ptr,
+            thin0_ptr,
+            out0_ptr,
+        )
+        stride_wm, stride_tm, stride_tr, stride_oc, stride_or = (
+            stride_wm0,
+            stride_tm0,
+            stride_tr0,
+            stride_oc0,
+            stride_or0,
+        )
+    else:
+        width, rank, col, wide_ptr, thin_ptr, out_ptr = (
+            width1, rank1, (pid - blocks0) * BLOCK_N, wide1_ptr, thin1_ptr, out1_ptr,
+        )  # fmt: skip
+        stride_wm, stride_tm, stride_tr, stride_oc, stride_or = (
+            stride_wm1,
+            stride_tm1,
+            stride_tr1,
+            stride_oc1,
+            stride_or1,
+        )
+    cols, rs = col + tl.arange(0, BLOCK_N), tl.arange(0, R)
+    in_c, in_r = cols < width, rs < rank
+    acc = tl.zeros((BLOCK_N, R), tl.float32)
+    first = part * rows_in_range
+    for start in range(first, min(first + rows_in_range, M), BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M).to(tl.int64)
+        in_m = rows < M
+        wide_ptrs = wide_ptr + rows[:, None] * stride_wm + cols[None, :]
+        wide = tl.load(wide_ptrs, mask=in_m[:, None] & in_c[None, :], other=0.0)
+        thin_ptrs = thin_ptr + rows[:, None] * stride_tm + rs[None, :] * stride_tr
+        thin = tl.load(thin_ptrs, mask=in_m[:, None] & in_r[None, :], other=0.0)
+        acc = tl.dot(wide.T, thin, acc)
+    out_ptrs = out_ptr + part * width * rank + cols[:, None].to(tl.int64) * stride_oc
+    tl.store(out_ptrs + rs[None, :].to(tl.int64) * stride_or, acc, mask=in_c[:, None] & in_r[None, :])
+    if OVERLAP:  # noqa: SIM102 - OVERLAP is known when compiling
+        if pid + part == 0:  # this kernel ends after the one beside it
+            gdc_wait()
+
+
+class TallProduct(NamedTuple):
+    """A product ``wideᵀ thin`` over M rows: dB = dyᵀ h, or dA = dhᵀ x where ``transposed``."""
+
+    wide: Tensor  # (M, width), rows contiguous
+    thin: Tensor  # (M, r)
+    transposed: bool  # whether the result is (r, width), not (width, r)
+
+    @property
+    def numel(self) -> int:
+        """Elements of the result."""
+        return self.wide.shape[1] * self.thin.shape[1]
+
+    def arguments(self, parts: Tensor) -> tuple[Tensor | int, ...]:
+        """Return the kernel's arguments."""
+        width, r = self.wide.shape[1], self.thin.shape[1]
+        strides = (1, width) if self.transposed else (r, 1)
+        return (parts, self.wide, self.thin, width, r, self.wide.stride(0), *self.thin.stride(), *strides)
+
+
+def _launch_pair(pair: Sequence[TallProduct], tiles: PairTiles, overlap: bool) -> tuple[int, list[Tensor]]:
+    """Launch one or two products; return the number of ranges and their parts."""
+    first = pair[0]
+    m = first.wide.shape[0]
+    columns = sum(triton.cdiv(product.wide.shape[1], tiles.block_n) for product in pair)
+    row_blocks = triton.cdiv(m, tiles.block_m)
+    blocks = triton.cdiv(row_blocks, max(1, tiles.programs // columns))
+    blocks = min(blocks, _MAX_ROWS // tiles.block_m)
+    ranges = triton.cdiv(row_blocks, blocks)
+    parts = [first.wide.new_empty(ranges * product.numel, dtype=torch.float32) for product in pair]
+    none = (parts[0], first.wide, first.thin, 0, 0, 0, 0, 0, 0, 0)
+    _tall_pair_kernel[(columns, ranges)](
+        *first.arguments(parts[0]),
+        *(pair[1].arguments(parts[1]) if len(pair) == 2 else none),
+        m,
+        blocks * tiles.block_m,
+        R=max(padded_rank(product.thin.shape[1]) for product in pair),
+        BLOCK_M=tiles.block_m,
+        BLOCK_N=tiles.block_n,
+        OVERLAP=overlap,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+        launch_pdl=overlap,
+    )
+    return ranges, parts
+
+
+def tall_products(
+    products: Sequence[TallProduct], dtype: torch.dtype, tiles: PairTiles, overlap: bool = False
+) -> list[Tensor]:
+    """Return the products in ``dtype``; two launches for each two of them.
+
+    With ``overlap`` the kernel just before on the stream must be `gemm_tma`'s with ``overlap``, and the
+    only operand not complete before *that* one may be the hidden that it waited for.
+    """
+    outs = [
+        p.wide.new_empty((p.thin.shape[1], p.wide.shape[1])[:: 1 if p.transposed else -1], dtype=dtype)
+        for p in products
+    ]
+    with torch.cuda.device_of(products[0].wide):  # Triton launches on the current device
+        launched = [_launch_pair(products[i : i + 2], tiles, overlap) for i in range(0, len(products), 2)]
+        for i, (ranges, parts) in enumerate(launched):
+            out, numel = outs[2 * i], outs[2 * i].numel()
+            second, second_numel = (outs[2 * i + 1], outs[2 * i + 1].numel()) if len(parts) == 2 else (out, 0)
+            grid = (triton.cdiv(numel, _SUM_BLOCK) + triton.cdiv(second_numel, _SUM_BLOCK),)
+            _sum_parts_kernel[grid](
+                out, second, parts[0], parts[-1], numel, second_numel, ranges, ranges, 1.0,
+                WITH_DH=len(parts) == 2, BLOCK=_SUM_BLOCK, num_warps=4,
+            )  # fmt: skip
+    return outs
+
+
+_GEMM_TILES = Tiles(128, 256, 64, 8, 3)  # 180 KB of shared memory: 47 KB left for the kernels beside it
+
+
+def _row_tiles(r: int) -> RowTiles:
+    """Return tiles that fit beside the GEMM: 41 KB at r 16, 33 KB at r 64."""
+    return RowTiles(64, 128, 1, 4, 2) if r <= 16 else RowTiles(64, 64, 1, 4, 2)
+
+
+def _pair_tiles(r: int) -> PairTiles:
+    """Return tiles that fit beside the GEMM: 37 KB at r 16, 33 KB at r 64."""
+    return PairTiles(64, 128, 4, 2, 132) if r <= 16 else PairTiles(32, 64, 4, 4, 132)
+
+
+def fits_overlap(factors: Sequence[tuple[Tensor, Tensor]], out: Tensor, r: int) -> bool:
+    """Return whether the overlapped kernels take these operands; r is the sum of the ranks."""
+    return 0 < r <= MAX_RANK and fits_tma(factors, out)
+
+
+def forward_overlapped(
+    x: Tensor,
+    layers: Sequence[tuple[Tensor, Tensor | None, Tensor]],
+    lora_a: Tensor,
+    scale: float,
+    outs: Sequence[Tensor],
+    overlap: bool = True,
+) -> Tensor:
+    """Write each layer's y and return hidden: one launch for it and one a layer.
+
+    Args:
+        x: ``(M, K)``.
+        layers: weight ``(N, K)``, bias or None and B ``(N, r)`` of each layer that reads x.
+        lora_a: ``(Σr, K)``, the layers' A one below the other.
+        scale: the scaling of the LoRA term.
+        outs: ``(M, N)`` a layer.
+        overlap: False runs the same kernels in turn.
+    """
+    hidden = xa_triton(x, lora_a, scale, _row_tiles(lora_a.shape[0]), overlap)
+    first = 0
+    for (weight, bias, lora_b), out in zip(layers, outs, strict=True):
+        own = hidden[:, first : first + lora_b.shape[1]]
+        gemm_tma(((x, weight),), bias, own, lora_b, out, _GEMM_TILES, overlap and first == 0)
+        first += lora_b.shape[1]
+    return hidden
+
+
+def backward_overlapped(
+    dys: Sequence[Tensor],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    hidden: Tensor,
+    lora_a: Tensor,
+    lora_bs: Sequence[Tensor],
+    scale: float,
+    dtype: torch.dtype,
+    dx: Tensor,
+    overlap: bool = True,
+) -> tuple[Tensor, list[Tensor]]:
+    """Write dx and return dA ``(Σr, K)`` and each layer's dB; arguments as in `forward_overlapped`."""
+    total = lora_a.shape[0]
+    dh = dys[0].new_empty(dys[0].shape[0], total)
+    owns, first = [], 0
+    for dy, lora_b in zip(dys, lora_bs, strict=True):
+        r = lora_b.shape[1]
+        own = slice(first, first + r)
+        xa_triton(dy, lora_b.t(), scale, _row_tiles(r), overlap, dh[:, own])
+        owns.append(own)
+        first += r
+    factors = [(dy, weight.t()) for dy, weight in zip(dys, weights, strict=True)]
+    gemm_tma(factors, None, dh, lora_a.t(), dx, _GEMM_TILES, overlap)
+    products = [TallProduct(x, dh, transposed=True)]
+    products += [TallProduct(dy, hidden[:, own], transposed=False) for dy, own in zip(dys, owns, strict=True)]
+    da, *dbs = tall_products(products, dtype, _pair_tiles(total), overlap)
+    return da, dbs
