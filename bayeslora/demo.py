@@ -78,7 +78,7 @@ _SETTINGS = TrainSettings(
     steps=100, batch_size=8, warmup=0.06, dropout=0.0, target_modules=["q_proj", "v_proj"]
 )
 ADAMW = replace(_SETTINGS, optimizer="adamw", lr=5e-4)
-IVON = replace(_SETTINGS, optimizer="ivon", lr=2e-2, ess=1e5)
+IVON = replace(_SETTINGS, optimizer="ivon", lr=2e-2, ess=3e5)
 
 NoticeFn = Callable[[str], None]
 

@@ -17,7 +17,7 @@ from ._backend import uses_triton
 from .kernels import lora_linear_twin
 
 _HALF = (torch.bfloat16, torch.float16)
-_KERNEL_ROWS = 4096  # below, a launch of ours costs the host more than it saves the GPU (bench/NOTES.md)
+_KERNEL_ROWS = 8192  # below, a launch of ours costs the host more than it saves the GPU (bench/NOTES.md)
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

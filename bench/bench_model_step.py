@@ -315,7 +315,7 @@ def print_table(results: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     device = torch.cuda.get_device_name() if CUDA else "cpu"
-    default = Path(__file__).parent / "results" / f"model_step_{device.replace(' ', '_')}.json"
+    default = Path(__file__).parent / "results" / f"model_step_{device.replace(' ', '_').lower()}.json"
     parser.add_argument("--out", type=Path, default=default, help="where the JSON goes")
     parser.add_argument("--profile", type=Path, help="also profile a step of each variant into this file")
     arguments = parser.parse_args()
