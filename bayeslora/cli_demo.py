@@ -30,7 +30,7 @@ def demo(
     output: Annotated[
         Path, typer.Option(help="Folder for adapters, metrics.json and reliability.png; replaced.")
     ] = Path("bayeslora-demo"),
-    steps: Annotated[int, typer.Option(help="Training steps of 8 questions, for each optimizer.")] = 100,
+    steps: Annotated[int, typer.Option(help="Training steps of 8 questions, for each optimizer.")] = 80,
     num_samples: Annotated[int, typer.Option(help="Posterior samples averaged in the third row.")] = 8,
     prune: Annotated[
         float, typer.Option(help="Share of the most uncertain weights zeroed in the fourth row, in [0, 1).")

@@ -75,7 +75,7 @@ DATA = Pin(
 TEMPLATE = "Review: {question}\nSentiment:"
 TRAIN_ROWS = 570
 _SETTINGS = TrainSettings(
-    steps=100, batch_size=8, warmup=0.06, dropout=0.0, target_modules=["q_proj", "v_proj"]
+    steps=80, batch_size=8, warmup=0.06, dropout=0.0, target_modules=["q_proj", "v_proj"]
 )
 ADAMW = replace(_SETTINGS, optimizer="adamw", lr=5e-4)
 IVON = replace(_SETTINGS, optimizer="ivon", lr=2e-2, ess=3e5)
@@ -168,7 +168,7 @@ def run_demo(
     output: str | Path,
     *,
     device: torch.device,
-    steps: int = 100,
+    steps: int = 80,
     seed: int = 0,
     num_samples: int = 8,
     prune: float = 0.1,
