@@ -210,11 +210,15 @@ def patch(model: _Model, adapter_name: str | None = None) -> _Model:
     """Swap the class of every PEFT LoRA Linear layer that the fused forward supports, in place.
 
     Training, saving, loading, merging, switching and disabling adapters work as before. A patched layer
-    computes its LoRA term in the activations' dtype (autocast's under autocast). It uses PEFT's own
-    forward whenever the call is one that the fused forward does not cover: merged or disabled adapters,
-    several active adapters, ``adapter_names`` batches, DoRA and other variants, a bias in the adapter,
-    hooks on the layer's submodules, a trainable or quantized base layer. Logs one line, at INFO to the
-    logger "bayeslora", that says how many layers were patched and how many were left and why.
+    computes its LoRA term in the activations' dtype (autocast's under autocast), also where the adapter is
+    fp32. Layers of one module that read the same input (q, k and v; gate and up) are computed in one call
+    and then share one dropout mask, where PEFT draws one a layer.
+
+    A layer uses PEFT's own forward whenever the call is one that the fused forward does not cover: merged
+    or disabled adapters, several active adapters, ``adapter_names`` batches, DoRA and other variants, a
+    bias in the adapter, hooks on the layer's submodules, a trainable or quantized base layer. Logs one
+    line, at INFO to the logger "bayeslora", that says how many layers were patched and how many were left
+    and why.
 
     Args:
         model: a model with LoRA layers: a ``PeftModel``, or any module that contains some.
