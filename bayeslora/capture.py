@@ -25,12 +25,13 @@ _PAD_VALUES = {"labels": -100}
 
 @dataclass
 class _Graph:
-    """One captured step: its graph, the memory its inputs are copied to, and its loss."""
+    """One captured step: its graph, the memory its inputs are copied to, its loss, and what it refers to."""
 
     graph: torch.cuda.CUDAGraph
     inputs: list[dict[str, Tensor]]
     loss: Tensor
     kept: list[Any]
+    memory: tuple[Any, Any]
 
 
 class CapturedStep:
@@ -93,6 +94,10 @@ class CapturedStep:
         parts = [_pad(part, self.pad_lengths) for part in parts]
         if self._eager:
             return self._run(parts)
+        memory = self._memory()
+        if any(not _same_memory(graph.memory, memory) for graph in self._graphs.values()):
+            self._graphs.clear()  # load_state_dict() or a move: what was recorded writes to old memory
+            self._seen.clear()
         key = tuple((name, t.shape, t.dtype) for part in parts for name, t in part.items())
         if key in self._graphs:
             return self._replay(self._graphs[key], parts)
@@ -150,14 +155,20 @@ class CapturedStep:
         kept: list[Any] = [p.grad for p in self._params]
         if ivon is not None:
             kept += ivon.finish_capture(recorded=True)
-        return _Graph(graph, inputs, loss, kept)
+        return _Graph(graph, inputs, loss, kept, self._memory())
+
+    def _memory(self) -> tuple[list[int], Any]:
+        """Return the parameters' addresses and IVON's buckets, with this step's learning rate on the device.
+
+        A graph cannot read the learning rate from the host.
+        """
+        buckets = self.opt.refresh_hyperparameters() if isinstance(self.opt, IVON) else None
+        return [p.data_ptr() for p in self._params], buckets
 
     def _replay(self, captured: _Graph, parts: Sequence[Batch]) -> Tensor:
         for static, part in zip(captured.inputs, parts, strict=True):
             for name, tensor in part.items():
                 static[name].copy_(tensor, non_blocking=True)
-        if isinstance(self.opt, IVON):
-            self.opt.refresh_hyperparameters()  # a graph cannot read the learning rate from the host
         captured.graph.replay()
         return captured.loss.clone()
 
@@ -222,6 +233,10 @@ def capture_step(
         max_graphs=max_graphs,
         reason_for_eager=_reason_for_eager(opt),
     )
+
+
+def _same_memory(recorded: tuple[Any, Any], now: tuple[Any, Any]) -> bool:
+    return recorded[0] == now[0] and recorded[1] is now[1]
 
 
 def _end_generator_capture() -> None:

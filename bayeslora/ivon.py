@@ -176,6 +176,7 @@ class IVON(torch.optim.Optimizer):
         self._samples = 0  # training samples drawn in this step
         self._folded = 0  # how many of them are finished and in the running means
         self._folded_active: set[int] = set()  # streams that had a gradient in one of those
+        self._folded_in: list[ParamBucket] | None = None  # the buckets that hold those means
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; its tensors' noise streams follow those of the groups before it.
@@ -275,6 +276,8 @@ class IVON(torch.optim.Optimizer):
         self._show(None)
 
     def _draw(self) -> None:
+        if self._folded:
+            self._check_folded(self._store.current())
         rank = dist.get_rank() if self.sync and dist.is_initialized() else 0
         noise = _Noise(self._seed + rank, self._samples + 1, train=True)
         self._show(noise)
@@ -300,8 +303,11 @@ class IVON(torch.optim.Optimizer):
     def _fold(self) -> None:
         """Move the pending sample's gradient from ``p.grad`` into the running means over samples."""
         assert self._pending is not None
+        buckets = self._store.within_step()
+        self._check_folded(buckets)
         self._folded += 1
-        for bucket in self._store.within_step():
+        self._folded_in = buckets
+        for bucket in buckets:
             grads = dense_grads(bucket)
             self._store.set_hyper(bucket, 1.0, self.rescale_lr)
             ivon_kernels(bucket.device).ivon_fold(
@@ -316,6 +322,14 @@ class IVON(torch.optim.Optimizer):
             for p in bucket.params:
                 p.grad = None
         self._pending = None
+
+    def _check_folded(self, buckets: list[ParamBucket]) -> None:
+        if self._folded and buckets is not self._folded_in:
+            self._forget_samples()  # their running means went with the old buckets
+            raise RuntimeError(
+                "a parameter was moved, cast, frozen or added between the Monte Carlo samples of one step; "
+                "do that after opt.step()"
+            )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients; those of a finished ``sampled_params(train=True)`` are kept for ``step()``.
@@ -353,6 +367,7 @@ class IVON(torch.optim.Optimizer):
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         buckets = self._store.within_step()
+        self._check_folded(buckets)
         averaged = self._average_samples(buckets, found_inf is not None and grad_scale is None)
         self._update(buckets, averaged, grad_scale, found_inf)
         self._held = None
@@ -435,15 +450,20 @@ class IVON(torch.optim.Optimizer):
 
     # ---- CUDA graphs (see capture.py) ------------------------------------------------------------
 
-    def refresh_hyperparameters(self) -> None:
-        """Bring the groups' current hyperparameters to the device, for a recorded step to read."""
-        for bucket in self._store.within_step():
+    def refresh_hyperparameters(self) -> list[ParamBucket]:
+        """Bring the groups' current hyperparameters to the device, for a recorded step to read.
+
+        Returns:
+            The buckets: another list than before if a recorded step's memory is no longer in use.
+        """
+        buckets = self._store.within_step()
+        for bucket in buckets:
             self._store.set_hyper(bucket, 1.0, self.rescale_lr)
+        return buckets
 
     def prepare_capture(self) -> None:
         """Make ready for one step to be recorded in a CUDA graph; :meth:`finish_capture` follows it."""
-        self.refresh_hyperparameters()
-        for bucket in self._store.within_step():
+        for bucket in self.refresh_hyperparameters():
             bucket.prepare_capture()
 
     def finish_capture(self, recorded: bool) -> list[Tensor | None]:

@@ -53,7 +53,8 @@ def ivon_table() -> str:
     env = result["environment"]
     note = (
         f"Milliseconds a step (wall clock, median of interleaved rounds), bf16 weights; {env['device']}, "
-        f"torch {env['torch']}, triton {env['triton']}."
+        f"torch {env['torch']}, triton {env['triton']}. AdamW keeps bf16 state for bf16 weights, "
+        "IVON fp32: the largest case is bound by those bytes."
     )
     return f"{table(['tensors trained', *names], rows)}\n\n{note}"
 

@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bayeslora import IVON, capture_step, patch
+from bayeslora.capture import _Graph
 
 
 def _batch(length, seed, device):
@@ -109,6 +110,34 @@ def test_host_sync_in_the_model_goes_eager_and_trains_on(caplog):
         opt_other.step()
         opt_other.zero_grad()
     torch.testing.assert_close(_weights(model), _weights(other), rtol=1e-4, atol=1e-5)
+
+
+class _RecordedNothing:
+    def __init__(self):
+        self.replays = 0
+
+    def replay(self):
+        self.replays += 1
+
+
+def test_graphs_that_refer_to_old_memory_are_dropped():
+    """The logic alone, on the CPU: loading a state gives the optimizer new buffers."""
+    device = torch.device("cpu")
+    model, opt, _ = _setup(device)
+    step = capture_step(model, opt, warmup=1)
+    batch = _batch(8, 0, device)
+    step(batch)
+    step._eager, step._run_aside = False, step._run
+    graph = _RecordedNothing()
+    key = tuple((name, t.shape, t.dtype) for name, t in batch.items())
+    step._graphs[key] = _Graph(graph, [dict(batch)], torch.zeros(()), [], step._memory())
+    step(batch)
+    assert graph.replays == 1
+    opt.load_state_dict(opt.state_dict())
+    before = _weights(model)
+    step(batch)
+    assert graph.replays == 1 and step.captured == 0
+    assert not torch.equal(before, _weights(model))
 
 
 def test_bad_arguments(device):

@@ -610,6 +610,25 @@ def test_misused_samples():
         opt.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
 
 
+@pytest.mark.parametrize("change", ["freeze", "cast"])
+def test_parameter_changed_between_samples_of_a_step_is_an_error(change):
+    model = _model()
+    opt = _optimizer(model)
+    for _ in range(2):
+        with opt.sampled_params(train=True):
+            _loss(model).backward()
+    if change == "freeze":
+        model[2].bias.requires_grad_(False)
+        with pytest.raises(RuntimeError, match="between the Monte Carlo samples"), opt.sampled_params(True):
+            pass
+    else:
+        model.to(torch.bfloat16)
+        with pytest.raises(RuntimeError, match="between the Monte Carlo samples"):
+            opt.step()
+    _train(model, opt, 1)  # the step was given up; the next one is sound
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
 @pytest.mark.parametrize("damage", ["shape", "key", "groups"])
 def test_load_state_dict_that_does_not_fit_changes_nothing(damage):
     model, other = _model(), _model()
