@@ -92,7 +92,9 @@ class IVON(torch.optim.Optimizer):
 
     Args:
         params: parameters or parameter groups. Each group may set ``lr``, ``ess``, ``hess_init``,
-            ``beta1``, ``beta2``, ``weight_decay`` and ``clip_radius``.
+            ``beta1``, ``beta2``, ``weight_decay`` and ``clip_radius``, and ``perturb``: with False (for a
+            classification head, say) its parameters are trained at their mean with the Hessian fixed at
+            ``hess_init``, and the posterior leaves them out.
         lr: learning rate, >= 0.
         ess: effective sample size λ > 0, usually the number of training examples; larger is closer to
             a point estimate.
@@ -485,12 +487,14 @@ class IVON(torch.optim.Optimizer):
 
     @torch.no_grad()
     def gaussians(self) -> Iterator[tuple[Tensor, GaussianParameter]]:
-        """Put the mean into the parameters and yield each trained one with a copy of its Gaussian."""
+        """Put the mean into the parameters and yield each perturbed one with a copy of its Gaussian."""
         from bayeslora.posterior import GaussianParameter
 
         self.eval()
         for bucket, index, p in self._store.views():
             group = self.param_groups[bucket.param_groups[index]]
+            if not group.get("perturb", True):
+                continue
             mean = bucket.view(bucket.mean, index).clone()
             changed = mean.to(p.dtype) != p
             gaussian = GaussianParameter(

@@ -122,8 +122,10 @@ class BucketStore:
             if isinstance(lr, Tensor):
                 lr_tensors.append((index, lr, factor))
                 lr = 0.0
-            row = [float(lr) * factor, group["beta1"], group["beta2"], group["weight_decay"]]
-            row += [group["ess"], group["clip_radius"], variance_scale]
+            perturbed = group.get("perturb", True)
+            beta2 = group["beta2"] if perturbed else 1.0
+            row = [float(lr) * factor, group["beta1"], beta2, group["weight_decay"]]
+            row += [group["ess"], group["clip_radius"], variance_scale if perturbed else 0.0]
             table.append([float(value) for value in row] + [0.0] * (HYPER_WIDTH - len(row)))
         bucket.set_hyper(table)
         for index, lr, factor in lr_tensors:
