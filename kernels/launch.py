@@ -1,0 +1,273 @@
+"""Launching a compiled Triton kernel without Triton's Python.
+
+``kernel[grid](...)`` binds and specialises every argument, prints the options into a cache key and builds
+every tensor map anew at each launch: tens of microseconds of host time, which eager training of small
+batches waits for. :class:`Launcher` does that once a specialisation and then calls the compiled kernel.
+
+Triton's specialisation, repeated here as a finer key: an integer by whether it is 1, divisible by 16, and
+fits 32 or 64 bits; a pointer by its dtype and whether it is 16-byte aligned; None as a constant.
+
+The direct call is not public API. It is taken where Triton's own ``JITFunction.run`` makes it in the same
+words, and never under the interpreter, on other vendors' GPUs, or while a profiler has hooked launches;
+there every launch is an ordinary one.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+_KEPT = 4096  # specialisations, or tensor maps, that are kept before they are gathered anew
+_INT32, _INT64 = 1 << 31, 1 << 63
+_CALL = (
+    "kernel.run(grid_0, grid_1, grid_2, stream, kernel.function, kernel.packed_metadata, launch_metadata, "
+    "knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, *bound_args.values())"
+)
+
+
+class _Compiled(NamedTuple):
+    """What a direct launch needs of one compiled kernel."""
+
+    run: Callable[..., None]
+    function: int
+    packed_metadata: Any
+    make_map: Callable[[TensorDescriptor, int], list[Any]] | None  # None: run() makes the tensor maps
+    maps: dict[Any, list[Any]]
+
+
+class Launcher:
+    """A Triton kernel with its compile-time choices.
+
+    ::
+
+        launch = Launcher(_kernel, {"BLOCK": 1024}, blocks={"x_desc": (128, 64)}, num_warps=4)
+        launch((programs,), x, y, n)
+
+    Args:
+        kernel: a ``@triton.jit`` function whose ``constexpr`` parameters come last.
+        constants: the value of every ``constexpr`` parameter.
+        blocks: name of a parameter -> block shape: the tensor given for it becomes a TMA descriptor.
+            Tensor maps are kept by address, shape and strides.
+        options: ``num_warps``, ``num_stages``, ``maxnreg``, ``launch_pdl``, ``launch_cooperative_grid`` ...
+
+    Raises:
+        ValueError: ``constants`` are not the kernel's last parameters, or ``blocks`` names no other one.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        constants: Mapping[str, Any],
+        *,
+        blocks: Mapping[str, Sequence[int]] | None = None,
+        **options: Any,
+    ) -> None:
+        names = list(kernel.arg_names)
+        self._num_args = len(names) - len(constants)
+        trailing = names[self._num_args :]
+        if set(trailing) != set(constants):
+            raise ValueError(f"constants must be the kernel's last parameters, got {sorted(constants)}")
+        if unknown := set(blocks or ()) - set(names[: self._num_args]):
+            raise ValueError(f"blocks must name runtime parameters of the kernel, got {sorted(unknown)}")
+        self._kernel = kernel
+        self._keywords = {**constants, **options}
+        self._constants = tuple(constants[name] for name in trailing)
+        self._blocks = {names.index(name): list(block) for name, block in (blocks or {}).items()}
+        self._compiled: dict[Any, _Compiled] = {}
+
+    def __call__(self, grid: Sequence[int], *args: Any) -> None:
+        """Launch on the device of the first argument and its current stream.
+
+        Args:
+            grid: one to three numbers of programs.
+            args: the kernel's runtime parameters in order; the first is a tensor.
+
+        Raises:
+            TypeError: their number is not the kernel's.
+        """
+        if len(args) != self._num_args:
+            raise TypeError(f"the kernel takes {self._num_args} runtime arguments, got {len(args)}")
+        device = args[0].get_device()
+        if device >= 0 and device != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self(grid, *args)
+        if not self.direct:
+            self._launch_plainly(grid, args)
+            return None
+        key, values = _specialize(args)
+        compiled = self._compiled.get((device, *key)) if key else None
+        if compiled is not None:
+            _run(compiled, device, grid, self._arguments(compiled, args, values))
+        else:
+            compiled = self._launch_plainly(grid, args)
+            if key and compiled is not None:
+                _keep(self._compiled, (device, *key), compiled)
+        return None
+
+    @property
+    def direct(self) -> bool:
+        """Whether a launch may be made directly now."""
+        return isinstance(self._kernel, JITFunction) and _convention_known() and not _hooked(self._kernel)
+
+    def bind(self, grid: Sequence[int], *args: Any) -> Callable[[], None]:
+        """Return a function that makes this launch again and again, at almost no cost.
+
+        It keeps the arguments alive, and its caller promises that every tensor stays where it is.
+
+        Args:
+            grid: as for a call.
+            args: as for a call.
+        """
+        return _Bound(self, grid, args)
+
+    def prepared(self, args: Sequence[Any]) -> tuple[Any, list[Any]] | None:
+        """Return the compiled kernel and its arguments for a launch made before; None if there is none."""
+        key, values = _specialize(args)
+        compiled = self._compiled.get((args[0].get_device(), *key)) if key else None
+        return None if compiled is None else (compiled, self._arguments(compiled, args, values))
+
+    def _launch_plainly(self, grid: Sequence[int], args: Sequence[Any]) -> _Compiled | None:
+        """Launch through Triton; return what a direct launch needs, if it is to be had."""
+        given = list(args)
+        for position, block in self._blocks.items():
+            if args[position] is not None:
+                given[position] = TensorDescriptor.from_tensor(args[position], block)
+        return _dissect(self._kernel[tuple(grid)](*given, **self._keywords))
+
+    def _arguments(self, compiled: _Compiled, args: Sequence[Any], values: list[Any]) -> list[Any]:
+        """Return what the compiled kernel is called with: addresses, numbers, tensor maps, constants."""
+        if not self._blocks:
+            return [*values, *self._constants]
+        out: list[Any] = []
+        index = 0  # among the descriptors
+        for position, value in enumerate(values):
+            if position not in self._blocks or value is None:
+                out.append(value)
+                continue
+            tensor = args[position]
+            key = (index, value, tensor.shape, tensor.stride())
+            expanded = compiled.maps.get(key)
+            if expanded is None:
+                descriptor = TensorDescriptor.from_tensor(tensor, self._blocks[position])
+                if compiled.make_map is None:
+                    expanded = [descriptor]  # not kept: it would hold the tensor's memory
+                else:
+                    expanded = list(compiled.make_map(descriptor, index))
+                    _keep(compiled.maps, key, expanded)
+            out += expanded
+            index += 1
+        return [*out, *self._constants]
+
+
+class _Bound:
+    """One launch with all its arguments; see :meth:`Launcher.bind`."""
+
+    def __init__(self, launcher: Launcher, grid: Sequence[int], args: Sequence[Any]) -> None:
+        self._launcher, self._grid, self._args = launcher, tuple(grid), args
+        self._device = args[0].get_device()
+        self._ready: tuple[_Compiled, list[Any]] | None = None
+
+    def __call__(self) -> None:
+        launcher = self._launcher
+        if self._ready is None or not launcher.direct:
+            launcher(self._grid, *self._args)
+            self._ready = launcher.prepared(self._args)
+        elif self._device != torch.cuda.current_device():
+            with torch.cuda.device(self._device):
+                self()
+        else:
+            _run(self._ready[0], self._device, self._grid, self._ready[1])
+
+
+def _specialize(args: Sequence[Any]) -> tuple[list[Any] | None, list[Any]]:
+    """Return what Triton may specialise on, and the arguments with tensors as addresses.
+
+    The key is None where Triton is to look for itself: a tensor not on a GPU, a type not known here.
+    """
+    key: list[Any] = []
+    values: list[Any] = []
+    on_gpu = True
+    for arg in args:
+        kind = type(arg)
+        if kind is int:
+            if arg == 1:
+                key.append(1)
+            else:
+                width = 2 if -_INT32 <= arg < _INT32 else 4 if -_INT64 <= arg < _INT64 else 6
+                key.append(width + (arg % 16 == 0))
+            values.append(arg)
+        elif isinstance(arg, Tensor):
+            address = arg.data_ptr()
+            key.append(arg.dtype)
+            key.append(address % 16)
+            on_gpu = on_gpu and arg.is_cuda
+            values.append(address)
+        elif arg is None or kind is float or kind is bool:
+            key.append(kind)
+            values.append(arg)
+        else:
+            return None, []
+    return key if on_gpu else None, values
+
+
+def _run(compiled: _Compiled, device: int, grid: Sequence[int], arguments: Sequence[Any]) -> None:
+    grid_0, grid_1, grid_2 = (*grid, 1, 1)[:3]
+    stream = triton.runtime.driver.active.get_current_stream(device)
+    metadata = compiled.packed_metadata
+    compiled.run(grid_0, grid_1, grid_2, stream, compiled.function, metadata, None, None, None, *arguments)
+
+
+def _keep(kept: dict[Any, Any], key: Any, value: Any) -> None:
+    if len(kept) >= _KEPT:
+        kept.clear()
+    kept[key] = value
+
+
+def _hooked(kernel: Any) -> bool:
+    """Whether somebody (a profiler) wants to hear of every launch."""
+    hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    return bool(kernel.pre_run_hooks) or any(h is not None and getattr(h, "calls", True) for h in hooks)
+
+
+@cache
+def _convention_known() -> bool:
+    """Whether Triton launches what it compiled by the call that ``_run`` makes."""
+    try:
+        source = inspect.getsource(JITFunction.run)
+    except (OSError, TypeError):
+        return False
+    return torch.version.hip is None and hasattr(triton, "knobs") and _CALL in " ".join(source.split())
+
+
+def _dissect(compiled: Any) -> _Compiled | None:
+    """Take apart what Triton's launch returned; None if it is not a compiled kernel as we know it."""
+    if not isinstance(compiled, triton.compiler.CompiledKernel):
+        return None
+    run, make_map = _map_maker(compiled)
+    return _Compiled(run, compiled.function, compiled.packed_metadata, make_map, {})
+
+
+def _map_maker(
+    compiled: Any,
+) -> tuple[Callable[..., None], Callable[[TensorDescriptor, int], list[Any]] | None]:
+    """Return a ``run`` that takes ready tensor maps, and what makes them; or the kernel's own and None."""
+    launch = getattr(compiled.run, "launch", None)
+    if not isinstance(launch, FunctionType) or "launcher" not in launch.__code__.co_freevars:
+        return compiled.run, None
+    cells = inspect.getclosurevars(launch).nonlocals
+    make = cells.get("make_tensordesc_arg") or launch.__globals__.get("make_tensordesc_arg")
+    metadata = getattr(compiled.metadata, "tensordesc_meta", None)
+    if make is None or not metadata:
+        return compiled.run, None
+    extra = [None] * (len(inspect.signature(make).parameters) - 2)
+    run = copy.copy(compiled.run)
+    run.launch = cells["launcher"]
+    return run, lambda descriptor, index: make(descriptor, metadata[index], *extra)

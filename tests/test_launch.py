@@ -1,0 +1,278 @@
+"""The launcher: the same launches as Triton's own, by the compiled kernel, with a driver that only records.
+
+Kernels are compiled for Hopper (no GPU is needed for that); launching is Triton's own Python down to the
+call into C, which is replaced.
+"""
+
+import types
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import driver as nvidia
+from triton.runtime import driver as runtime_driver
+from triton.runtime.jit import JITFunction
+
+from bayeslora.kernels import launch as launch_module
+from bayeslora.kernels.launch import Launcher
+
+STREAM = 77
+
+
+def _scale(out_ptr, x_ptr, n, factor, BLOCK: tl.constexpr, TWICE: tl.constexpr):
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + index, mask=index < n, other=0.0) * factor
+    tl.store(out_ptr + index, x * 2 if TWICE else x, mask=index < n)
+
+
+def _copy_tile(out_ptr, x_desc, other_desc, row, BLOCK: tl.constexpr):
+    tile = x_desc.load([row, 0])
+    if other_desc is not None:
+        tile += other_desc.load([row, 0])
+    tl.store(out_ptr + tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :], tile)
+
+
+class OnGPU(torch.Tensor):
+    """A CPU tensor that says it is on the first GPU."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @property
+    def is_cuda(self):
+        return True
+
+    def get_device(self):
+        return 0
+
+
+def _gpu(*shape, dtype=torch.float32, offset=0):
+    size = torch.Size(shape).numel()
+    flat = torch.zeros(size + 64, dtype=dtype)
+    skip = -flat.data_ptr() % 64 // flat.element_size() + offset
+    return flat[skip : skip + size].view(shape).as_subclass(OnGPU)
+
+
+class Recorder:
+    """Stands for the GPU driver: keeps the arguments of each launch."""
+
+    def __init__(self):
+        self.launches, self.maps_made, self.built = [], 0, 0
+        self.get_current_device = lambda: 0
+        self.get_current_stream = lambda device: STREAM
+        self.get_current_target = lambda: GPUTarget("cuda", 90, 32)
+        self.utils = types.SimpleNamespace(
+            load_binary=lambda *_: (None, 4321, 32, 0, 1024),
+            get_device_properties=lambda _: {"max_shared_mem": 232448},
+            fill_tma_descriptor=self._fill,
+            fill_tma_descriptor_tiled=self._fill,
+        )
+        recorder = self
+
+        class RecordingLauncher:
+            def __init__(self, src, metadata):
+                recorder.built += 1
+                self.flat = hasattr(nvidia, "_BASE_ARGS_FORMAT_LEN")
+                self.metadata = metadata
+                self.launch = nvidia.wrap_handle_tensordesc(
+                    recorder.record, dict(src.signature), getattr(metadata, "tensordesc_meta", None)
+                )
+
+            def __call__(self, *args):
+                head, kernel_args = args[:9], args[9:]
+                options = (self.metadata.launch_cooperative_grid, self.metadata.launch_pdl)
+                base = (*head[:5], *options, None, None, *head[5:])
+                self.launch(*base, *kernel_args) if self.flat else self.launch(*base, kernel_args)
+
+        self.launcher_cls = RecordingLauncher
+
+    def _fill(self, *args):
+        self.maps_made += 1
+        return "map", args[0]
+
+    def record(self, *args):
+        base, kernel_args = (args[:13], args[13:]) if len(args) > 14 else (args[:-1], args[-1])
+        as_numbers = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in kernel_args]
+        self.launches.append((base[:7], base[9], as_numbers))
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    recorder = Recorder()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    runtime_driver.set_active(recorder)
+    yield recorder
+    runtime_driver._active = None
+
+
+def _count_plain(launcher, monkeypatch):
+    count = []
+    plain = launcher._launch_plainly
+    monkeypatch.setattr(launcher, "_launch_plainly", lambda *a: (count.append(1), plain(*a))[1])
+    return count
+
+
+def test_triton_in_use_is_one_that_is_launched_directly():
+    assert launch_module._convention_known()
+
+
+def test_direct_launch_passes_what_triton_passes(recorder, monkeypatch):
+    launcher = Launcher(JITFunction(_scale), {"TWICE": True, "BLOCK": 128}, num_warps=2)
+    plain = _count_plain(launcher, monkeypatch)
+    out, x = _gpu(256), _gpu(256)
+    for _ in range(3):
+        launcher((2,), out, x, 200, 0.5)
+    assert len(plain) == 1
+    first, *others = recorder.launches
+    assert first == (
+        (2, 1, 1, STREAM, 4321, False, False),
+        (2, 1, 0),
+        [out.data_ptr(), x.data_ptr(), 200, 0.5, 128, True],
+    )
+    assert others == [first, first]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        (_gpu(256, offset=1), 200, 0.5),
+        (_gpu(256, dtype=torch.float64), 200, 0.5),
+        (_gpu(256), 208, 0.5),
+        (_gpu(256), 1, 0.5),
+        (_gpu(256), 1 << 31, 0.5),
+        (_gpu(256), 200, 2),
+    ],
+    ids=["alignment", "dtype", "divisible", "one", "int64", "type"],
+)
+def test_other_specialization_is_compiled_apart(recorder, other):
+    launcher = Launcher(JITFunction(_scale), {"BLOCK": 128, "TWICE": False})
+    out = _gpu(256)
+    launcher((2,), out, _gpu(256), 200, 0.5)
+    built = recorder.built
+    launcher((2,), out, *other)
+    assert recorder.built == built + 1
+
+
+def test_options_reach_the_driver(recorder):
+    launcher = Launcher(
+        JITFunction(_scale),
+        {"BLOCK": 64, "TWICE": False},
+        num_warps=8,
+        launch_cooperative_grid=True,
+        launch_pdl=True,
+    )
+    for _ in range(2):
+        launcher((1, 2, 3), _gpu(256), _gpu(256), 200, 0.5)
+    for base, metadata, _ in recorder.launches:
+        assert base == (1, 2, 3, STREAM, 4321, True, True)
+        assert metadata[0] == 8
+
+
+def test_tensor_maps_are_made_once_an_address(recorder):
+    launcher = Launcher(
+        JITFunction(_copy_tile), {"BLOCK": 64}, blocks={"x_desc": (64, 64), "other_desc": (64, 64)}
+    )
+    out, x, y = (
+        _gpu(64, 64, dtype=torch.bfloat16),
+        _gpu(128, 64, dtype=torch.bfloat16),
+        _gpu(64, 64, dtype=torch.bfloat16),
+    )
+    launcher((1,), out, x, y, 0)  # Triton's own launch
+    own = recorder.maps_made
+    launcher((1,), out, x, y, 0)
+    assert recorder.maps_made == own + 2
+    launcher((1,), out, x, y, 0)
+    assert recorder.maps_made == own + 2
+    launcher((1,), out, x[:64], y, 0)  # same address, other shape
+    assert recorder.maps_made == own + 3
+    first, second, third, _ = recorder.launches
+    assert first == second == third
+    assert ("map", x.data_ptr()) in first[2]
+
+
+def test_absent_descriptor(recorder):
+    launcher = Launcher(
+        JITFunction(_copy_tile), {"BLOCK": 64}, blocks={"x_desc": (64, 64), "other_desc": (64, 64)}
+    )
+    out, x = _gpu(64, 64, dtype=torch.bfloat16), _gpu(128, 64, dtype=torch.bfloat16)
+    for _ in range(2):
+        launcher((1,), out, x, None, 3)
+    assert recorder.launches[0] == recorder.launches[1]
+
+
+def test_bound_launch_repeats(recorder, monkeypatch):
+    launcher = Launcher(JITFunction(_scale), {"BLOCK": 128, "TWICE": False})
+    out, x = _gpu(256), _gpu(256)
+    again = launcher.bind((2,), out, x, 200, 0.5)
+    plain = _count_plain(launcher, monkeypatch)
+    for _ in range(3):
+        again()
+    assert len(plain) == 1
+    assert recorder.launches == [recorder.launches[0]] * 3
+
+
+def test_profilers_see_every_launch(recorder, monkeypatch):
+    launcher = Launcher(JITFunction(_scale), {"BLOCK": 128, "TWICE": False})
+    args = (2,), _gpu(256), _gpu(256), 200, 0.5
+    again = launcher.bind(*args)
+    again()
+    plain = _count_plain(launcher, monkeypatch)
+    hooks = triton.knobs.runtime.launch_enter_hook
+    hooks.add(print)
+    try:
+        launcher(*args)
+        again()
+    finally:
+        hooks.remove(print)
+    again()
+    assert len(plain) == 2
+
+
+def test_unknown_triton_launches_plainly(recorder, monkeypatch):
+    monkeypatch.setattr(launch_module, "_convention_known", lambda: False)
+    launcher = Launcher(JITFunction(_scale), {"BLOCK": 128, "TWICE": False})
+    plain = _count_plain(launcher, monkeypatch)
+    for _ in range(2):
+        launcher((2,), _gpu(256), _gpu(256), 200, 0.5)
+    assert len(plain) == 2
+    assert recorder.launches[0][0] == recorder.launches[1][0]
+
+
+def test_cpu_tensor_is_left_to_triton(recorder, monkeypatch):
+    launcher = Launcher(JITFunction(_scale), {"BLOCK": 128, "TWICE": False})
+    plain = _count_plain(launcher, monkeypatch)
+    for _ in range(2):
+        launcher((2,), _gpu(256), torch.zeros(256), 200, 0.5)
+    assert len(plain) == 2
+
+
+def test_full_cache_starts_anew(recorder, monkeypatch):
+    monkeypatch.setattr(launch_module, "_KEPT", 2)
+    launcher = Launcher(JITFunction(_scale), {"BLOCK": 128, "TWICE": False})
+    for n in (200, 208, 1, 200):
+        launcher((2,), _gpu(256), _gpu(256), n, 0.5)
+    assert len(launcher._compiled) <= 2
+    assert len(recorder.launches) == 4
+
+
+def test_result(device):
+    kernel = triton.jit(_scale)
+    launcher = Launcher(kernel, {"BLOCK": 128, "TWICE": True})
+    x = torch.arange(200, dtype=torch.float32, device=device)
+    out = torch.full_like(x, float("nan"))
+    again = launcher.bind((2,), out, x, 200, 0.5)
+    for call in (lambda: launcher((2,), out, x, 200, 0.5), again, again):
+        out.fill_(float("nan"))
+        call()
+        torch.testing.assert_close(out, x)
+
+
+def test_wrong_arguments():
+    kernel = triton.jit(_scale)
+    with pytest.raises(ValueError, match="last parameters"):
+        Launcher(kernel, {"BLOCK": 128})
+    with pytest.raises(ValueError, match="runtime parameters"):
+        Launcher(kernel, {"BLOCK": 128, "TWICE": True}, blocks={"y_desc": (1, 1)})
+    with pytest.raises(TypeError, match="takes 4"):
+        Launcher(kernel, {"BLOCK": 128, "TWICE": True})((1,), torch.zeros(1))
