@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["IVON", "Posterior", "capture_step", "metrics", "patch", "unpatch"]
+__all__ = ["IVON", "Posterior", "capture_step", "metrics", "patch", "samplers", "unpatch"]
 
 _HOME = {
     "IVON": "ivon",
@@ -20,7 +20,7 @@ _HOME = {
 }
 
 if TYPE_CHECKING:
-    from . import metrics
+    from . import metrics, samplers
     from .capture import capture_step
     from .ivon import IVON
     from .patching import patch, unpatch
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "metrics":
-        return import_module(".metrics", __name__)
+    if name in ("metrics", "samplers"):
+        return import_module(f".{name}", __name__)
     if name in _HOME:
         return getattr(import_module(f".{_HOME[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

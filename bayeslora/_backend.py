@@ -22,3 +22,9 @@ def ivon_kernels(device: torch.device) -> ModuleType:
     """Return the module with IVON's operations for ``device`` (triton is imported only where it runs)."""
     name = "ivon" if uses_triton(device) else "ivon_twin"
     return import_module(f"bayeslora.kernels.{name}")
+
+
+def monteclora_kernels(device: torch.device) -> ModuleType:
+    """Return the module with MonteCLoRA's samplers for ``device``."""
+    name = "monteclora" if uses_triton(device) else "monteclora_twin"
+    return import_module(f"bayeslora.kernels.{name}")
