@@ -19,7 +19,7 @@ own dtypes, accumulated in fp32. Under ``torch.compile`` the same arithmetic is 
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,9 @@ from .lora_products import (
     kernel_route,
     tall_product,
 )
+
+if TYPE_CHECKING:
+    from .kernels.lora_perturbed_twin import Perturbation
 
 _SEED_RANGE = 2**63 - 1
 _unsafe_view = torch.ops.aten._unsafe_view.default
@@ -368,6 +371,13 @@ def _check(x: Tensor, layer: LoraWeights, dropout_p: float, seed: Tensor | None)
         )
 
 
+def _mask_seed(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor | None:
+    """Return the key of the dropout mask, drawn where the caller names none; None without dropout."""
+    if dropout_p == 0.0:
+        return None
+    return torch.randint(_SEED_RANGE, (), device=x.device) if seed is None else seed
+
+
 def apply_layers(
     x: Tensor,
     layers: Sequence[LoraWeights],
@@ -395,10 +405,7 @@ def apply_layers(
         TypeError: ``x`` and the first ``weight`` differ in dtype and autocast is off.
     """
     dtype = compute_dtype(x, layers[0].weight)
-    if dropout_p == 0.0:
-        seed = None
-    elif seed is None:
-        seed = torch.randint(_SEED_RANGE, (), device=x.device)
+    seed = _mask_seed(x, dropout_p, seed)
     if torch.compiler.is_compiling():
         from .lora_ops import compiled_lora_linear
 
@@ -418,8 +425,12 @@ def lora_linear(
     scaling: float,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    perturbation: "Perturbation | None" = None,
 ) -> Tensor:
     """Return ``x Wᵀ + bias + scaling · drop(x) Aᵀ Bᵀ``, differentiable once in x, A and B.
+
+    With a ``perturbation`` each group of rows has a posterior sample of A and B of its own, drawn by the
+    noise contract inside the kernels, and the standard deviations get gradients too.
 
     Args:
         x: ``(..., K)``, fp32, bf16, fp16 or fp64; any strides, may be empty.
@@ -432,15 +443,24 @@ def lora_linear(
         seed: int64 scalar tensor on ``x``'s device that names the mask. None draws one from the device's
             own generator, so that ``torch.manual_seed`` governs it, gradient checkpointing recomputes with
             the same mask, and a replayed CUDA graph draws fresh ones.
+        perturbation: standard deviations of A and B, and the seed and draw of each of the G groups that
+            ``x``'s first dimension is cut into; None for A and B as they are.
 
     Returns:
         ``(..., N)``, in ``x``'s dtype or autocast's.
 
     Raises:
         ValueError: a shape does not fit, ``weight`` or ``bias`` requires a gradient, ``dropout_p`` is
-            outside [0, 1), or ``seed`` is not an int64 scalar on ``x``'s device.
+            outside [0, 1), ``seed`` is not an int64 scalar on ``x``'s device, or ``perturbation`` does not
+            fit A, B or the first dimension of ``x``.
         TypeError: ``x`` and ``weight`` differ in dtype and autocast is off.
     """
     layer = LoraWeights(weight, bias, lora_a, lora_b)
     _check(x, layer, dropout_p, seed)
+    if perturbation is not None:
+        from .lora_perturbed import check_perturbation, perturbed_layer
+
+        check_perturbation(x, layer, perturbation)
+        seed = _mask_seed(x, dropout_p, seed)
+        return perturbed_layer(x, layer, scaling, perturbation, dropout_p, seed, compute_dtype(x, weight))
     return apply_layers(x, (layer,), scaling, dropout_p, seed)[0]
