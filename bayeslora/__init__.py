@@ -9,11 +9,23 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["IVON", "Posterior", "capture_step", "metrics", "patch", "samplers", "unpatch"]
+__all__ = [
+    "IVON",
+    "LightningCallback",
+    "Posterior",
+    "PosteriorCallback",
+    "capture_step",
+    "metrics",
+    "patch",
+    "samplers",
+    "unpatch",
+]
 
 _HOME = {
     "IVON": "ivon",
+    "LightningCallback": "lightning_callback",
     "Posterior": "posterior",
+    "PosteriorCallback": "trainer_callback",
     "capture_step": "capture",
     "patch": "patching",
     "unpatch": "patching",
@@ -23,8 +35,10 @@ if TYPE_CHECKING:
     from . import metrics, samplers
     from .capture import capture_step
     from .ivon import IVON
+    from .lightning_callback import LightningCallback
     from .patching import patch, unpatch
     from .posterior import Posterior
+    from .trainer_callback import PosteriorCallback
 
 
 def __getattr__(name: str) -> Any:

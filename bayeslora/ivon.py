@@ -487,25 +487,34 @@ class IVON(torch.optim.Optimizer):
 
     @torch.no_grad()
     def gaussians(self) -> Iterator[tuple[Tensor, GaussianParameter]]:
-        """Put the mean into the parameters and yield each perturbed one with a copy of its Gaussian."""
+        """Put the mean into the parameters and yield each with a copy of its Gaussian.
+
+        Parameters that were trained and are frozen now count; those of groups that are not perturbed do not.
+        """
         from bayeslora.posterior import GaussianParameter
 
         self.eval()
-        for bucket, index, p in self._store.views():
-            group = self.param_groups[bucket.param_groups[index]]
-            if not group.get("perturb", True):
-                continue
-            mean = bucket.view(bucket.mean, index).clone()
-            changed = mean.to(p.dtype) != p
-            gaussian = GaussianParameter(
-                parameter=p,
-                mean=torch.where(changed, p.to(mean.dtype), mean),
-                hess=bucket.view(bucket.hess, index).clone(),
-                stream=bucket.streams[index],
-                ess=float(group["ess"]),
-                weight_decay=float(group["weight_decay"]),
-            )
-            yield p, gaussian
+        self._store.current()  # starts the state of parameters that have none
+        stream = -1
+        for group in self.param_groups:
+            for p in group["params"]:
+                stream += 1
+                state = self.state.get(p)
+                if not state or not group.get("perturb", True):
+                    continue
+                mean = state["mean"].clone()
+                changed = mean.to(p.dtype) != p
+                yield (
+                    p,
+                    GaussianParameter(
+                        parameter=p,
+                        mean=torch.where(changed, p.to(mean.dtype), mean),
+                        hess=state["hess"].clone(),
+                        stream=stream,
+                        ess=float(group["ess"]),
+                        weight_decay=float(group["weight_decay"]),
+                    ),
+                )
 
     def posterior(self, model: nn.Module) -> Posterior:
         """Return the posterior that this optimizer has learned; same as ``Posterior.from_optimizer``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -130,12 +130,6 @@ class BucketStore:
         bucket.set_hyper(table)
         for index, lr, factor in lr_tensors:
             bucket.hyper[index, LR].copy_(lr * factor, non_blocking=True)
-
-    def views(self) -> Iterator[tuple[ParamBucket, int, Tensor]]:
-        """Yield (bucket, index in it, parameter) of every trained parameter."""
-        for bucket in self.current():
-            for index, p in enumerate(bucket.params):
-                yield bucket, index, p
 
 
 def _memory(params: list[Tensor]) -> tuple[list[int], list[torch.dtype]]:

@@ -81,13 +81,7 @@ class Posterior:
             TypeError: the optimizer is not IVON.
             ValueError: a trained parameter of the optimizer is not one of the model's.
         """
-        from bayeslora.ivon import IVON
-
-        inner: Any = optimizer
-        while not isinstance(inner, IVON) and hasattr(inner, "optimizer"):
-            inner = inner.optimizer
-        if not isinstance(inner, IVON):
-            raise TypeError(f"optimizer must be a bayeslora.IVON, got {type(optimizer).__name__}")
+        inner = find_ivon(optimizer)
         names = {id(p): name for name, p in model.named_parameters()}
         parameters = {}
         for p, gaussian in inner.gaussians():
@@ -280,6 +274,22 @@ class Posterior:
         self.pruned.append(ratio)
         self._buckets = None
         return total
+
+
+def find_ivon(optimizer: Any) -> IVON:
+    """Return the IVON optimizer inside ``optimizer`` (accelerate and others wrap it).
+
+    Raises:
+        TypeError: there is none.
+    """
+    from bayeslora.ivon import IVON
+
+    inner = optimizer
+    while not isinstance(inner, IVON) and hasattr(inner, "optimizer"):
+        inner = inner.optimizer
+    if not isinstance(inner, IVON):
+        raise TypeError(f"optimizer must be a bayeslora.IVON, got {type(inner).__name__}")
+    return inner
 
 
 def _check_variance_scale(variance_scale: float) -> None:

@@ -33,8 +33,7 @@ POSTERIOR_WEIGHTS = "posterior.safetensors"
 def save_posterior(posterior: Posterior, path: str | PathLike[str]) -> None:
     """Write a posterior and its adapter; see :meth:`Posterior.save_pretrained`."""
     model = _require_peft(posterior.model)
-    adapter = _active_adapter(model)
-    keys = _peft_keys(model, adapter)
+    adapter, keys = _adapter_of(posterior, model)
     outside = [name for name in posterior.parameters if name not in keys]
     if outside:
         raise ValueError(
@@ -144,6 +143,16 @@ def _active_adapter(model: PeftModel) -> str:
     if len(adapters) != 1:
         raise ValueError(f"one adapter must be active, got {adapters}; call model.set_adapter(name)")
     return adapters[0]
+
+
+def _adapter_of(posterior: Posterior, model: PeftModel) -> tuple[str, dict[str, str]]:
+    """Return the adapter that holds all of the posterior's parameters (or the active one), and its keys."""
+    for adapter in model.peft_config:
+        keys = _peft_keys(model, adapter)
+        if keys.keys() >= posterior.parameters.keys():
+            return adapter, keys
+    adapter = _active_adapter(model)
+    return adapter, _peft_keys(model, adapter)
 
 
 def _peft_keys(model: PeftModel, adapter: str) -> dict[str, str]:

@@ -1,0 +1,51 @@
+"""Lightning: IVON's samples around its training loop. Imports Lightning, so it is loaded on first use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+try:
+    from lightning.pytorch import Callback
+except ImportError:
+    from pytorch_lightning import Callback  # type: ignore[assignment]
+
+from bayeslora.ivon import IVON
+
+
+class LightningCallback(Callback):
+    """Tells IVON when Lightning trains and when it evaluates.
+
+    As in::
+
+        trainer = Trainer(callbacks=[bayeslora.LightningCallback()])
+
+    Lightning hands the optimizer a closure only for the last micro-batch of ``accumulate_grad_batches``.
+    This draws the step's sample before the first, so that all gradients are taken at one sample, and puts
+    the mean back before validation, testing, and after an exception.
+    """
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        """Put this step's sample into the parameters."""
+        for opt in _optimizers(trainer):
+            opt.train()
+
+    def on_validation_start(self, trainer: Any, *_: Any) -> None:
+        """Put the mean back."""
+        for opt in _optimizers(trainer):
+            opt.eval()
+
+    def on_test_start(self, trainer: Any, *_: Any) -> None:
+        """Put the mean back."""
+        self.on_validation_start(trainer)
+
+    def on_train_end(self, trainer: Any, *_: Any) -> None:
+        """Put the mean back."""
+        self.on_validation_start(trainer)
+
+    def on_exception(self, trainer: Any, *_: Any) -> None:
+        """Put the mean back."""
+        self.on_validation_start(trainer)
+
+
+def _optimizers(trainer: Any) -> list[IVON]:
+    return [opt for opt in trainer.optimizers if isinstance(opt, IVON)]

@@ -1,0 +1,61 @@
+"""HF Trainer: the posterior beside every checkpoint. Imports transformers, so it is loaded on first use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from bayeslora.posterior import Posterior, find_ivon
+
+
+class PosteriorCallback(TrainerCallback):
+    """Writes the posterior into every checkpoint folder that HF Trainer (or TRL's trainers) makes.
+
+    As in::
+
+        trainer = Trainer(..., optimizers=(opt, None), callbacks=[bayeslora.PosteriorCallback()])
+        trainer.train()
+        posterior = bayeslora.Posterior.from_pretrained(model, trainer.state.best_model_checkpoint)
+
+    A checkpoint folder is then also a posterior's folder: plain PEFT loads the mean from it,
+    :meth:`Posterior.from_pretrained` the Gaussian. With ``save_only_model=True`` as well, where Trainer
+    itself leaves the optimizer out. After ``load_best_model_at_end`` the model holds the best checkpoint's
+    mean while the optimizer's Hessian is the last step's: load the posterior from that checkpoint.
+
+    Raises:
+        TypeError: at the start of training, the trainer's optimizer is not a :class:`bayeslora.IVON`, or
+            its model is not a PEFT model.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse a run whose checkpoints could not get a posterior."""
+        from peft import PeftModel
+
+        find_ivon(kwargs["optimizer"])
+        if not isinstance(kwargs["model"], PeftModel):
+            raise TypeError(
+                f"PosteriorCallback saves beside a PEFT adapter, but the trainer's model is a "
+                f"{type(kwargs['model']).__name__}; pass the model through peft.get_peft_model"
+            )
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the posterior into the checkpoint that Trainer has just written."""
+        model: nn.Module = kwargs["model"]
+        posterior = Posterior.from_optimizer(model, kwargs["optimizer"])  # on every rank: shards are gathered
+        if args.should_save:
+            folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            posterior.save_pretrained(folder)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the model at the mean, however training ended."""
+        find_ivon(kwargs["optimizer"]).eval()
