@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bayeslora._backend import ivon_kernels
 from bayeslora.ivon_state import STATE_KEYS, BucketStore, check_group, check_saved_state, dense_grads
-from bayeslora.kernels.param_bucket import NONFINITE, ParamBucket, state_dtype
+from bayeslora.kernels.param_bucket import NONFINITE, DenseGrads, ParamBucket, state_dtype
 
 if TYPE_CHECKING:
     from bayeslora.posterior import GaussianParameter, Posterior
@@ -345,7 +345,6 @@ class IVON(torch.optim.Optimizer):
 
     # ---- the update ------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Update the posterior from ``p.grad`` and leave the mean in the parameters.
 
@@ -422,10 +421,9 @@ class IVON(torch.optim.Optimizer):
         noise = self._pending or _Noise(0, 0)
         for bucket, bucket_grads in zip(buckets, grads, strict=True):
             self._store.set_hyper(bucket, 1.0, self.rescale_lr)
+            active = None
             if bucket_grads is None:
                 active = [stream in self._folded_active for stream in bucket.streams]
-            else:
-                active = [g is not None for g in bucket_grads]
             ivon_kernels(bucket.device).ivon_step(
                 bucket,
                 bucket_grads,
@@ -441,7 +439,7 @@ class IVON(torch.optim.Optimizer):
             )
 
     @staticmethod
-    def _check_together(buckets: list[ParamBucket], grads: list[list[Tensor | None] | None]) -> None:
+    def _check_together(buckets: list[ParamBucket], grads: list[DenseGrads | None]) -> None:
         """Raise the non-finite flag of every bucket if one of them has a non-finite gradient."""
         for bucket, bucket_grads in zip(buckets, grads, strict=True):
             ivon_kernels(bucket.device).ivon_check(bucket, bucket_grads)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import chain
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from bayeslora.kernels.param_bucket import (
     LR,
     SKIPPED,
     STEP,
+    DenseGrads,
     ParamBucket,
     state_dtype,
 )
@@ -34,17 +37,24 @@ class BucketStore:
         self._optimizer = optimizer
         self._buckets: list[ParamBucket] | None = None
         self._params: list[Tensor] = []
-        self._memory: tuple[list[int], list[torch.dtype]] = [], []
-        self._traits: tuple[list[Any], list[bool]] = [], []
+        self._members: list[list[Tensor]] = []  # of each group
+        self._addresses: list[int] = []
+        self._traits: tuple[list[Any], ...] = ()
 
     def current(self) -> list[ParamBucket]:
         """Return the buckets, made anew if a parameter was moved, cast, frozen, thawed or added."""
-        params = [p for group in self._optimizer.param_groups for p in group["params"]]
-        traits = [p.shape for p in params], [p.requires_grad for p in params]
-        memory = _memory(params)
-        if self._buckets is None or traits != self._traits or memory != self._memory:
+        groups = self._optimizer.param_groups
+        if (
+            self._buckets is None
+            or len(groups) != len(self._members)
+            or not all(_same(g["params"], members) for g, members in zip(groups, self._members, strict=True))
+            or list(map(_address, self._params)) != self._addresses
+            or _traits(self._params) != self._traits
+        ):
             self._buckets = self._make()
-            self._params, self._traits, self._memory = params, traits, memory
+            self._members = [list(group["params"]) for group in groups]
+            self._params = list(chain.from_iterable(self._members))
+            self._addresses, self._traits = list(map(_address, self._params)), _traits(self._params)
         return self._buckets
 
     def within_step(self) -> list[ParamBucket]:
@@ -52,7 +62,7 @@ class BucketStore:
 
         For the second half of a step: :meth:`current` has looked at everything when the sample was drawn.
         """
-        if self._buckets is None or _memory(self._params) != self._memory:
+        if self._buckets is None or list(map(_address, self._params)) != self._addresses:
             return self.current()
         return self._buckets
 
@@ -115,38 +125,54 @@ class BucketStore:
 
     def set_hyper(self, bucket: ParamBucket, variance_scale: float, rescale_lr: bool) -> None:
         """Bring the hyperparameters of all groups to the bucket's device, without a host sync."""
-        table, lr_tensors = [], []
-        for index, group in enumerate(self._optimizer.param_groups):
-            factor = group["hess_init"] + group["weight_decay"] if rescale_lr else 1.0
-            lr = group["lr"]
-            if isinstance(lr, Tensor):
-                lr_tensors.append((index, lr, factor))
-                lr = 0.0
+        groups = self._optimizer.param_groups
+        key: Any = (variance_scale, rescale_lr, *[(_hyper(g), g.get("perturb", True)) for g in groups])
+        if any(isinstance(g["lr"], Tensor) for g in groups):
+            key = None  # its value may change behind our back
+        elif key == bucket.hyper_key:
+            return
+        table = []
+        on_host = bucket.device.type == "cpu"  # where the twin reads the table
+        for group in groups:
+            lr = 0.0 if isinstance(group["lr"], Tensor) and not on_host else float(group["lr"])
             perturbed = group.get("perturb", True)
             beta2 = group["beta2"] if perturbed else 1.0
-            row = [float(lr) * factor, group["beta1"], beta2, group["weight_decay"]]
+            row = [lr * _lr_factor(group, rescale_lr), group["beta1"], beta2, group["weight_decay"]]
             row += [group["ess"], group["clip_radius"], variance_scale if perturbed else 0.0]
             table.append([float(value) for value in row] + [0.0] * (HYPER_WIDTH - len(row)))
         bucket.set_hyper(table)
-        for index, lr, factor in lr_tensors:
-            bucket.hyper[index, LR].copy_(lr * factor, non_blocking=True)
+        for index, group in enumerate(groups):
+            if isinstance(group["lr"], Tensor) and not on_host:
+                scaled = group["lr"].detach() * _lr_factor(group, rescale_lr)
+                bucket.hyper[index, LR].copy_(scaled, non_blocking=True)
+        bucket.hyper_key = key
 
 
-def _memory(params: list[Tensor]) -> tuple[list[int], list[torch.dtype]]:
-    return [p.data_ptr() for p in params], [p.dtype for p in params]
+def _lr_factor(group: dict[str, Any], rescale_lr: bool) -> float:
+    return group["hess_init"] + group["weight_decay"] if rescale_lr else 1.0
 
 
-def dense_grads(bucket: ParamBucket) -> list[Tensor | None]:
+# These run over every parameter at every step, so they are loops in C.
+_address = Tensor.data_ptr
+_dtype, _shape, _trains, _grad = map(attrgetter, ("dtype", "shape", "requires_grad", "grad"))
+_hyper = itemgetter("lr", "beta1", "beta2", "weight_decay", "hess_init", "ess", "clip_radius")
+
+
+def _same(now: list[Tensor], before: list[Tensor]) -> bool:
+    return len(now) == len(before) and all(map(is_, now, before))
+
+
+def _traits(params: list[Tensor]) -> tuple[list[Any], ...]:
+    return list(map(_dtype, params)), list(map(_shape, params)), list(map(_trains, params))
+
+
+def dense_grads(bucket: ParamBucket) -> DenseGrads:
     """Return ``p.grad`` of each of the bucket's parameters.
 
     Raises:
         RuntimeError: a gradient is sparse.
     """
-    grads = [p.grad for p in bucket.params]
-    for p, g in zip(bucket.params, grads, strict=True):
-        if g is not None and g.layout != torch.strided:
-            raise RuntimeError(f"IVON needs dense gradients, got {g.layout} for shape {tuple(p.shape)}")
-    return grads
+    return DenseGrads(map(_grad, bucket.params))
 
 
 _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {

@@ -19,8 +19,9 @@ g, M, h, m and writes M, h, m, w (28), and the check for non-finite gradients re
 ``ivon_twin.py`` states the same in plain torch.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -52,8 +53,9 @@ from bayeslora.kernels.ivon_device import (
     store_as,
     update_tile,
 )
+from bayeslora.kernels.launch import Launcher
 from bayeslora.kernels.noise import randn_block
-from bayeslora.kernels.param_bucket import BLOCK, ParamBucket
+from bayeslora.kernels.param_bucket import BLOCK, DenseGrads, ParamBucket
 
 _NUM_WARPS = 4
 _BLOCKS_PER_SM = 8  # resident blocks of the cooperative launch: 8 x 128 threads x 64 registers fill one
@@ -267,8 +269,18 @@ def _signed64(seed: int) -> int:
     return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-def _on_device(bucket: ParamBucket) -> AbstractContextManager[object]:
-    return torch.cuda.device(bucket.device) if bucket.device.type == "cuda" else nullcontext()
+@cache
+def _launcher(kernel: Any, dtype: tl.dtype, resident: bool, **flags: bool) -> Launcher:
+    """Return the launcher of a kernel for its compile-time choices.
+
+    Args:
+        kernel: one of the above.
+        dtype: of the state.
+        resident: whether the whole grid must be on the GPU at once.
+        flags: the kernel's other ``constexpr`` parameters.
+    """
+    options: dict[str, Any] = {"launch_cooperative_grid": True, "maxnreg": _MAX_REGISTERS} if resident else {}
+    return Launcher(kernel, {"BLOCK": BLOCK, "DTYPE": dtype, **flags}, num_warps=_NUM_WARPS, **options)
 
 
 def _resident_programs(bucket: ParamBucket, num_tiles: int) -> int:
@@ -276,13 +288,6 @@ def _resident_programs(bucket: ParamBucket, num_tiles: int) -> int:
     if bucket.device.type != "cuda":
         return 1
     return min(num_tiles, _BLOCKS_PER_SM * bucket.multiprocessors)
-
-
-def _resident_options(bucket: ParamBucket) -> dict[str, object]:
-    """Return the launch options that make the step's grid resident as a whole."""
-    if bucket.device.type != "cuda":
-        return {}
-    return {"launch_cooperative_grid": True, "maxnreg": _MAX_REGISTERS}
 
 
 def ivon_sample(
@@ -310,29 +315,25 @@ def ivon_restore(bucket: ParamBucket) -> None:
 def _launch_sample(
     bucket: ParamBucket, seed: int, draw: int, *, train: bool, adopt: bool, perturb: bool
 ) -> None:
-    rows, tile_tensor = bucket.tiles
-    if tile_tensor.numel() == 0:
+    if bucket.size == 0:
         return
     if adopt:
         bucket.stage_in()
-    with _on_device(bucket):
-        _ivon_sample_kernel[(tile_tensor.numel(),)](
-            rows,
-            tile_tensor,
-            bucket.mean,
-            bucket.hess,
-            bucket.hyper,
-            bucket.control,
-            _signed64(seed),
-            draw,
-            BLOCK=BLOCK,
-            DTYPE=_triton_dtype(bucket),
-            ADOPT=adopt,
-            PERTURB=perturb,
-            TRAIN=train,
-            REGULAR=bucket.regular,
-            num_warps=_NUM_WARPS,
-        )
+    name = "sample", seed, draw, train, adopt, perturb
+    _, launch = bucket.launches.get(name, (None, None))
+    if launch is None:
+        rows, tile_tensor = bucket.tiles
+        launcher = _launcher(
+            _ivon_sample_kernel, _triton_dtype(bucket), False,
+            ADOPT=adopt, PERTURB=perturb, TRAIN=train, REGULAR=bucket.regular,
+        )  # fmt: skip
+        launch = launcher.bind(
+            (tile_tensor.numel(),), rows, tile_tensor, bucket.mean, bucket.hess, bucket.hyper, bucket.control,
+            _signed64(seed), draw,
+        )  # fmt: skip
+        if train or not perturb:  # evaluation samples do not come back
+            bucket.launches[name] = None, launch
+    launch()
     bucket.stage_out()
 
 
@@ -349,31 +350,18 @@ def ivon_fold(
         count: how many samples the means hold with this one; 1 starts them.
         price: the curvature estimate, Price's theorem (True) or squared gradients (False).
     """
-    rows, tile_tensor = bucket.tiles
-    if tile_tensor.numel() == 0:
+    if bucket.size == 0:
         return
+    rows, tile_tensor = bucket.tiles
     avg_grad, avg_curvature = bucket.averages()
     dense = _dense(grads)
-    table, aligned = bucket.grad_rows(dense, [g is not None for g in dense])
-    with _on_device(bucket):
-        _ivon_fold_kernel[(tile_tensor.numel(),)](
-            rows,
-            tile_tensor,
-            table,
-            bucket.hess,
-            avg_grad,
-            avg_curvature,
-            bucket.hyper,
-            bucket.control,
-            _signed64(seed),
-            draw,
-            count,
-            BLOCK=BLOCK,
-            DTYPE=_triton_dtype(bucket),
-            PRICE=price,
-            REGULAR=bucket.regular and aligned,
-            num_warps=_NUM_WARPS,
-        )
+    table, aligned = bucket.grad_rows(dense, None)
+    regular = bucket.regular and aligned
+    launcher = _launcher(_ivon_fold_kernel, _triton_dtype(bucket), False, PRICE=price, REGULAR=regular)
+    launcher(
+        (tile_tensor.numel(),), rows, tile_tensor, table, bucket.hess, avg_grad, avg_curvature, bucket.hyper,
+        bucket.control, _signed64(seed), draw, count,
+    )  # fmt: skip
 
 
 def ivon_check(bucket: ParamBucket, grads: Sequence[Tensor | None] | None) -> None:
@@ -383,32 +371,30 @@ def ivon_check(bucket: ParamBucket, grads: Sequence[Tensor | None] | None) -> No
         bucket: the tensors.
         grads: a gradient of each tensor or None; None altogether for the running means.
     """
-    rows, tile_tensor = bucket.tiles
-    if tile_tensor.numel() == 0:
+    if bucket.size == 0:
         return
+    rows, tile_tensor = bucket.tiles
     averaged = grads is None
-    dense = [None] * len(bucket.params) if grads is None else _dense(grads)
-    table, aligned = bucket.grad_rows(dense, [g is not None for g in dense])
-    with _on_device(bucket):
-        _ivon_check_kernel[(_resident_programs(bucket, tile_tensor.numel()),)](
-            rows,
-            tile_tensor,
-            tile_tensor.numel(),
-            table,
-            bucket.averages()[0] if averaged else bucket.mean,
-            bucket.control,
-            BLOCK=BLOCK,
-            DTYPE=_triton_dtype(bucket),
-            AVERAGED=averaged,
-            REGULAR=bucket.regular and aligned,
-            num_warps=_NUM_WARPS,
-        )
+    dense = _dense([None] * len(bucket.params) if grads is None else grads)
+    table, aligned = bucket.grad_rows(dense, None)
+    regular = bucket.regular and aligned
+    num_tiles = tile_tensor.numel()
+    avg_grad = bucket.averages()[0] if averaged else bucket.mean
+    _launcher(_ivon_check_kernel, _triton_dtype(bucket), False, AVERAGED=averaged, REGULAR=regular)(
+        (_resident_programs(bucket, num_tiles),),
+        rows,
+        tile_tensor,
+        num_tiles,
+        table,
+        avg_grad,
+        bucket.control,
+    )
 
 
 def ivon_step(
     bucket: ParamBucket,
     grads: Sequence[Tensor | None] | None,
-    active: Sequence[bool],
+    active: Sequence[bool] | None,
     *,
     seed: int,
     draw: int,
@@ -429,7 +415,7 @@ def ivon_step(
         bucket: the tensors.
         grads: a gradient of each tensor or None; None altogether to step from the running means that
             :func:`ivon_fold` made.
-        active: whether each tensor takes part; the others keep state and mean.
+        active: whether each tensor takes part (None: those with a gradient); the others keep state and mean.
         seed: 64-bit key of the sample at which the gradients were taken.
         draw: number of that sample within the step.
         draws: samples drawn in the step; the device's count advances by it.
@@ -440,47 +426,63 @@ def ivon_step(
         grad_scale: fp32 scalar tensor by which the gradients are to be divided (AMP).
         found_inf: fp32 scalar tensor; the step is skipped where it is not zero (AMP).
     """
-    rows, tile_tensor = bucket.tiles
-    if tile_tensor.numel() == 0:
+    if bucket.size == 0:
         return
     averaged = grads is None
-    dense = [None] * len(bucket.params) if grads is None else _dense(grads)
+    dense = _dense([None] * len(bucket.params) if grads is None else grads)
     table, aligned = bucket.grad_rows(dense, active)
-    avg_grad, avg_curvature = bucket.averages() if averaged else (bucket.mean, bucket.mean)
-    with _on_device(bucket):
-        _ivon_step_kernel[(_resident_programs(bucket, tile_tensor.numel()),)](
-            rows,
-            tile_tensor,
-            tile_tensor.numel(),
-            table,
-            bucket.mean,
-            bucket.momentum,
-            bucket.hess,
-            avg_grad,
-            avg_curvature,
-            bucket.hyper,
-            bucket.beta1_power,
-            bucket.beta1_power.numel(),
-            bucket.control,
-            bucket.mean if grad_scale is None else grad_scale,
-            bucket.mean if found_inf is None else found_inf,
-            _signed64(seed),
-            draw,
-            draws,
-            BLOCK=BLOCK,
-            DTYPE=_triton_dtype(bucket),
-            PRICE=price,
-            AVERAGED=averaged,
-            DEBIAS=debias,
-            CHECK=check,
-            SCALED=grad_scale is not None,
-            FOUND_INF=found_inf is not None,
-            REGULAR=bucket.regular and aligned,
-            num_warps=_NUM_WARPS,
-            **_resident_options(bucket),
-        )
+    amp = grad_scale is not None, found_inf is not None
+    name = "step", seed, draw, draws, price, averaged, debias, check, aligned, *amp
+    bound_to, launch = bucket.launches.get(name, (None, None))
+    if launch is None or bound_to is not table or any(amp):
+        regular = bucket.regular and aligned
+        launcher = _launcher(
+            _ivon_step_kernel, _triton_dtype(bucket), bucket.device.type == "cuda", PRICE=price,
+            AVERAGED=averaged, DEBIAS=debias, CHECK=check, SCALED=amp[0], FOUND_INF=amp[1], REGULAR=regular,
+        )  # fmt: skip
+        launch = _bind_step(bucket, launcher, table, averaged, grad_scale, found_inf, (seed, draw, draws))
+        if not any(amp) and not bucket.recording:
+            bucket.launches[name] = table, launch
+    launch()
     bucket.stage_out()
 
 
-def _dense(grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [g if g is None or g.is_contiguous() else g.contiguous() for g in grads]
+def _bind_step(
+    bucket: ParamBucket,
+    launcher: Launcher,
+    table: Tensor,
+    averaged: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    numbers: tuple[int, int, int],
+) -> Callable[[], None]:
+    """Return the step's launch with all its arguments; ``numbers`` are seed, draw and draws."""
+    rows, tile_tensor = bucket.tiles
+    num_tiles = tile_tensor.numel()
+    avg_grad, avg_curvature = bucket.averages() if averaged else (bucket.mean, bucket.mean)
+    seed, draw, draws = numbers
+    return launcher.bind(
+        (_resident_programs(bucket, num_tiles),),
+        rows,
+        tile_tensor,
+        num_tiles,
+        table,
+        bucket.mean,
+        bucket.momentum,
+        bucket.hess,
+        avg_grad,
+        avg_curvature,
+        bucket.hyper,
+        bucket.beta1_power,
+        bucket.beta1_power.numel(),
+        bucket.control,
+        bucket.mean if grad_scale is None else grad_scale,
+        bucket.mean if found_inf is None else found_inf,
+        _signed64(seed),
+        draw,
+        draws,
+    )
+
+
+def _dense(grads: Sequence[Tensor | None]) -> DenseGrads:
+    return grads if isinstance(grads, DenseGrads) else DenseGrads(grads)

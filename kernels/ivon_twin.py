@@ -149,7 +149,7 @@ def ivon_check(bucket: ParamBucket, grads: Sequence[Tensor | None] | None) -> No
 def ivon_step(
     bucket: ParamBucket,
     grads: Sequence[Tensor | None] | None,
-    active: Sequence[bool],
+    active: Sequence[bool] | None,
     *,
     seed: int,
     draw: int,
@@ -166,6 +166,8 @@ def ivon_step(
     skip = bool(bucket.control[NONFINITE]) or (found_inf is not None and bool(found_inf))
     bucket.control[NONFINITE] = 0
     bucket.control[SKIPPED if skip else STEP] += 1
+    if active is None:
+        active = [True] * len(bucket.params) if grads is None else [g is not None for g in grads]
     if not skip:
         _update(bucket, grads, active, seed, draw, price, debias, grad_scale)
     bucket.control[DRAWS] += draws

@@ -12,9 +12,12 @@ Kernels find their work through ``rows``, one int64 row a tensor (columns ``PARA
 ``tile_tensor``, the row index of each tile of ``BLOCK`` flat positions.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import Any
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +42,42 @@ HYPER_WIDTH = 8
 GRAD_WIDTH = 3
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+
+_KEPT_TABLES = 4  # gradient tables: eager training's gradients alternate between few sets of addresses
+
+_address, _dtype = Tensor.data_ptr, attrgetter("dtype")
+
+
+class DenseGrads(list[Tensor | None]):
+    """Gradients that are contiguous, or None."""
+
+    def __init__(self, grads: Iterable[Tensor | None]) -> None:
+        """Take ``grads``, copied where they are not contiguous.
+
+        Raises:
+            RuntimeError: a gradient is sparse.
+        """
+        super().__init__(grads)
+        try:
+            if all(map(Tensor.is_contiguous, self)):  # type: ignore[arg-type]
+                return
+        except (TypeError, RuntimeError):  # there is a None, or a sparse one
+            pass
+        for i, g in enumerate(self):
+            if g is not None and g.layout != torch.strided:
+                raise RuntimeError(f"IVON needs dense gradients, got {g.layout} for shape {tuple(g.shape)}")
+            self[i] = g if g is None else g.contiguous()
+
+
+class _GradTable(NamedTuple):
+    """A gradient table on the device, and what it was made from."""
+
+    pointers: list[int]
+    dtypes: list[torch.dtype | None]
+    active: list[bool] | None
+    table: Tensor  # int64 [tensors, GRAD_WIDTH]
+    aligned: bool  # whether all addresses are multiples of 16 bytes
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -92,7 +131,9 @@ class ParamBucket:
         self._recorded_table: Tensor | None = None
         self._recorded_rows: Tensor | None = None
         self._hyper_values: list[list[float]] | None = None
-        self._grad_rows: tuple[tuple[Any, Any, Any], Tensor, bool] | None = None
+        self._tables: list[_GradTable] = []
+        self.hyper_key: Any = None  # what the optimizer made the table from
+        self.launches: dict[Any, tuple[Tensor | None, Any]] = {}  # by the kernels: table, bound launch
 
     def _lay_out(self) -> tuple[list[int], int]:
         starts, end = [], 0
@@ -178,24 +219,40 @@ class ParamBucket:
             torch.tensor(tile_tensor, dtype=torch.int32).to(self.device),
         )
 
-    def grad_rows(self, grads: Sequence[Tensor | None], active: Sequence[bool]) -> tuple[Tensor, bool]:
-        """Return the device table of gradients, copied if it changed, and whether all are 16-byte aligned.
+    def grad_rows(self, grads: DenseGrads, active: Sequence[bool] | None) -> tuple[Tensor, bool]:
+        """Return the device table of gradients, copied if it is not there, and whether all are aligned.
 
         Args:
-            grads: a contiguous gradient of each tensor, or None.
-            active: whether each tensor is to be updated.
+            grads: a gradient of each tensor, or None.
+            active: whether each tensor is to be updated; None for those that have a gradient.
 
         Returns:
-            int64 ``[tensors, GRAD_WIDTH]`` and the alignment.
+            int64 ``[tensors, GRAD_WIDTH]``, and whether all addresses are multiples of 16 bytes.
         """
-        pointers = [0 if g is None else g.data_ptr() for g in grads]
-        dtypes = [None if g is None else g.dtype for g in grads]
-        if self._grad_rows is None or self._grad_rows[0] != (pointers, dtypes, active):
-            codes = [0 if dtype is None else DTYPE_CODES[dtype] for dtype in dtypes]
-            table = torch.tensor([pointers, codes, active], dtype=torch.int64).t().contiguous()
-            aligned = all(pointer % 16 == 0 for pointer in pointers)
-            self._grad_rows = (pointers, dtypes, list(active)), self._upload(table), aligned
-        return self._grad_rows[1:]
+        dtypes: list[torch.dtype | None]
+        try:
+            pointers, dtypes = list(map(_address, grads)), list(map(_dtype, grads))  # type: ignore[arg-type]
+        except (TypeError, AttributeError):  # there is a None
+            pointers = [0 if g is None else g.data_ptr() for g in grads]
+            dtypes = [None if g is None else g.dtype for g in grads]
+        if self.recording:
+            return self._make_table(pointers, dtypes, active)[3:]
+        for known in self._tables:
+            if known.pointers == pointers and known.dtypes == dtypes and known.active == active:
+                return known.table, known.aligned
+        made = self._make_table(pointers, dtypes, active)
+        self._tables = [made, *self._tables[: _KEPT_TABLES - 1]]
+        return made.table, made.aligned
+
+    def _make_table(
+        self, pointers: list[int], dtypes: list[torch.dtype | None], active: Sequence[bool] | None
+    ) -> _GradTable:
+        updated = [dtype is not None for dtype in dtypes] if active is None else list(active)
+        codes = [0 if dtype is None else DTYPE_CODES[dtype] for dtype in dtypes]
+        table = torch.tensor([pointers, codes, updated], dtype=torch.int64).t().contiguous()
+        aligned = all(pointer % 16 == 0 for pointer in pointers)
+        kept = None if active is None else updated
+        return _GradTable(pointers, dtypes, kept, self._upload(table), aligned)
 
     def _upload(self, host: Tensor) -> Tensor:
         """Copy a table to the device; while a CUDA graph is recorded, leave that to finish_capture()."""
@@ -210,6 +267,11 @@ class ParamBucket:
             return self._recorded_table
         return host.pin_memory().to(self.device, non_blocking=True)
 
+    @property
+    def recording(self) -> bool:
+        """Whether a step is being recorded in a CUDA graph (or about to be)."""
+        return self._recorded_table is not None
+
     def prepare_capture(self) -> None:
         """Make the gradient table of a step about to be recorded, outside the memory the graph reuses."""
         self._recorded_table = torch.zeros(
@@ -220,7 +282,7 @@ class ParamBucket:
     def finish_capture(self) -> Tensor | None:
         """Fill and return the table that the recorded step reads; None if it was given up."""
         table, rows = self._recorded_table, self._recorded_rows
-        self._recorded_table = self._recorded_rows = self._grad_rows = None
+        self._recorded_table = self._recorded_rows = None
         return None if table is None or rows is None else table.copy_(rows)
 
     @cached_property
@@ -237,4 +299,4 @@ class ParamBucket:
         """Copy the stand-ins back, and tell autograd that the parameters changed."""
         for i, stand_in in self._staged.items():
             self.params[i].detach().copy_(stand_in)
-        torch.autograd.graph.increment_version(self.params)
+        torch._C._increment_version(self.params)  # torch.autograd.graph's, without its Python
