@@ -29,9 +29,9 @@ from .lora_products import (
     cast,
     dropout_ops,
     hidden_gradient,
-    hidden_product,
     input_gradient,
     kernel_route,
+    scaled_product,
     tall_product,
 )
 
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from .kernels.lora_perturbed_twin import Perturbation
 
 _SEED_RANGE = 2**63 - 1
-_unsafe_view = torch.ops.aten._unsafe_view.default
 
 
 class LoraWeights(NamedTuple):
@@ -85,23 +84,24 @@ def forward(
     dtype: torch.dtype,
 ) -> Forward:
     """Compute every layer's output ``(..., Nᵢ)`` from x ``(..., K)``, in ``dtype``."""
-    flat = cast(x, dtype).reshape(-1, x.shape[-1])
+    x = cast(x, dtype).contiguous()
+    flat = x if x.dim() == 2 else x.view(-1, x.shape[-1])
     dropped = flat if seed is None else dropout_ops(flat).dropout(flat, dropout_p, seed)
     lora_a, lora_bs = _adapters(layers, dtype)
     weights = [cast(layer.weight, dtype) for layer in layers]
     biases = [None if layer.bias is None else cast(layer.bias, dtype) for layer in layers]
     route = kernel_route("forward", flat, weights, lora_a.shape[0]) if seed is None else None
     if route is None:
-        hidden = hidden_product(dropped, lora_a, scaling)
+        hidden = scaled_product(dropped, lora_a.t(), scaling)
         parts = zip(weights, biases, _columns(hidden, lora_bs), lora_bs, strict=True)
-        ys = [base_plus_lora(flat, weight, bias, part, b) for weight, bias, part, b in parts]
+        ys = [base_plus_lora(x, weight, bias, part, b) for weight, bias, part, b in parts]
     else:
         from .kernels.lora_layer import lora_forward
 
         tensors = list(zip(weights, biases, lora_bs, strict=True))
-        ys, hidden = lora_forward(flat, tensors, lora_a, scaling, route=route)
-    if x.dim() != 2:  # not a view, as autograd counts: callers may change y in place
-        ys = [_unsafe_view(y, (*x.shape[:-1], y.shape[1])) for y in ys]
+        ys = [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
+        outs = [y.view(-1, y.shape[-1]) for y in ys]
+        hidden = lora_forward(flat, tensors, lora_a, scaling, outs, route)[1]
     return Forward(tuple(ys), flat, hidden, lora_a, lora_bs)
 
 
@@ -210,6 +210,8 @@ def _backward_by_kernels(
 
 def _hidden_gradients(flat_dys: Sequence[Tensor | None], lora_bs: Sequence[Tensor], scaling: float) -> Tensor:
     """Return dh ``(M, R)``, zero in the columns of unused outputs."""
+    if len(flat_dys) == 1 and flat_dys[0] is not None:
+        return scaled_product(flat_dys[0], lora_bs[0], scaling)
     like = next(dy for dy in flat_dys if dy is not None)
     dh = like.new_empty(like.shape[0], sum(lora_b.shape[1] for lora_b in lora_bs))
     for part, dy, lora_b in zip(_columns(dh, lora_bs), flat_dys, lora_bs, strict=True):
@@ -292,6 +294,11 @@ class LoRALinearFunction(torch.autograd.Function):
             gradients = _without_autocast(ctx, dys)
         source = next(dy for dy in dys if dy is not None).new_empty(0).requires_grad_()
         return _DifferentiableOnce.apply(source, *gradients)
+
+
+# `Function.apply` without its care for functorch, whose transforms `patch` leaves to PEFT: a tenth of the
+# host time of a call.
+_apply = super(torch.autograd.Function, LoRALinearFunction).apply
 
 
 class _DifferentiableOnce(torch.autograd.Function):
@@ -412,7 +419,7 @@ def apply_layers(
         return tuple(compiled_lora_linear(x, layer, scaling, dropout_p, seed, dtype) for layer in layers)
     if torch.is_grad_enabled():
         tensors = [tensor for layer in layers for tensor in layer]
-        return LoRALinearFunction.apply(x, scaling, dropout_p, seed, dtype, *tensors)
+        return _apply(x, scaling, dropout_p, seed, dtype, *tensors)
     return forward(x, layers, scaling, dropout_p, seed, dtype).outputs
 
 

@@ -7,6 +7,7 @@ project's own kernels: `kernel_route` says which, and ``kernels/lora_layer.py`` 
 """
 
 from collections.abc import Sequence
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from ._backend import uses_triton
 from .kernels import lora_linear_twin
 
+_unsafe_view = torch.ops.aten._unsafe_view.default
 _HALF = (torch.bfloat16, torch.float16)
 _KERNEL_ROWS = 8192  # below, a launch of ours costs the host more than it saves the GPU (bench/NOTES.md)
 
@@ -51,14 +53,30 @@ def kernel_route(direction: str, x: Tensor, weights: Sequence[Tensor], r: int) -
     return None if route == CUBLAS else route
 
 
-def hidden_product(x: Tensor, lora_a: Tensor, scaling: float) -> Tensor:
-    """Return ``h = s x Aᵀ``, ``(M, R)``, rounded once."""
-    return x.new_empty(x.shape[0], lora_a.shape[0]).addmm_(x, lora_a.t(), beta=0.0, alpha=scaling)
+@cache
+def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the scalar that ``addmm`` with ``beta=0`` takes and does not read."""
+    return torch.zeros((), dtype=dtype, device=device)
+
+
+def scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
+    """Return ``s · left right``, rounded once, in one launch: h = s x Aᵀ, dh = s dy B."""
+    return torch.addmm(_nothing(left.dtype, left.device), left, right, beta=0.0, alpha=scaling)
 
 
 def base_plus_lora(x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, lora_b: Tensor) -> Tensor:
-    """Return ``x Wᵀ + bias + h Bᵀ``, ``(M, N)``, in memory of its own."""
-    return F.linear(x, weight, bias).addmm_(hidden, lora_b.t())
+    """Return ``x Wᵀ + bias + h Bᵀ``, ``(..., N)``, in memory of its own.
+
+    Not a view, as autograd counts: callers may change it in place.
+    """
+    if x.dim() == 2:
+        return F.linear(x, weight, bias).addmm_(hidden, lora_b.t())
+    if bias is None:
+        y = F.linear(x, weight)
+    else:  # torch's own way from here gives a view
+        y = _unsafe_view(F.linear(x.view(-1, x.shape[-1]), weight, bias), (*x.shape[:-1], weight.shape[0]))
+    y.view(-1, y.shape[-1]).addmm_(hidden, lora_b.t())
+    return y
 
 
 def hidden_gradient(out: Tensor, dy: Tensor, lora_b: Tensor, scaling: float) -> Tensor:

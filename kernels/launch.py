@@ -14,6 +14,7 @@ there every launch is an ordinary one.
 
 import copy
 import inspect
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from types import FunctionType
@@ -99,8 +100,11 @@ class Launcher:
         if device >= 0 and device != torch.cuda.current_device():
             with torch.cuda.device(device):
                 return self(grid, *args)
+        recording = getattr(_recording, "launches", None)
         if not self.direct:
             self._launch_plainly(grid, args)
+            if recording is not None:
+                recording.append(None)
             return None
         key, values = _specialize(args)
         compiled = self._compiled.get((device, *key)) if key else None
@@ -110,6 +114,11 @@ class Launcher:
             compiled = self._launch_plainly(grid, args)
             if key and compiled is not None:
                 _keep(self._compiled, (device, *key), compiled)
+        if recording is not None:
+            ready = self.prepared(args)
+            # Without ready tensor maps the arguments would hold the tensors' memory.
+            kept = ready is not None and not (self._blocks and ready[0].make_map is None)
+            recording.append((self, ready[0], tuple(grid), ready[1]) if ready and kept else None)
         return None
 
     @property
@@ -165,6 +174,48 @@ class Launcher:
             out += expanded
             index += 1
         return [*out, *self._constants]
+
+
+class Plans:
+    """Remembers the launches that a function made, and makes them again without running it.
+
+    ::
+
+        plans.run((signature(x), signature(y)), x.device.index, lambda: launch_all(x, y))
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[Any, list[tuple[Launcher, _Compiled, tuple[int, ...], list[Any]]]] = {}
+
+    def run(self, key: Any, device: int, launches: Callable[[], None]) -> None:
+        """Make the launches that ``launches()`` made when ``key`` was last seen, or call it.
+
+        Args:
+            key: all that the launches depend on: the `signature` of every tensor, and every number.
+            device: index of the GPU that all of them run on.
+            launches: launches through `Launcher` and does nothing else on the device.
+        """
+        plan = self._kept.get(key)
+        if plan is not None and device == torch.cuda.current_device() and plan[0][0].direct:
+            for _, compiled, grid, arguments in plan:
+                _run(compiled, device, grid, arguments)
+            return
+        made: list[Any] = []
+        _recording.launches = made
+        try:
+            launches()
+        finally:
+            _recording.launches = None
+        if made and None not in made:
+            _keep(self._kept, key, made)
+
+
+_recording = threading.local()  # backward runs in threads of its own
+
+
+def signature(tensor: Tensor | None) -> Any:
+    """Return all that a launch depends on of a tensor: address, dtype, shape and strides."""
+    return None if tensor is None else (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
 
 
 class _Bound:

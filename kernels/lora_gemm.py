@@ -17,6 +17,7 @@ pointers: any rank, any strides.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -24,8 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .launch import Launcher
 from .lora_routes import gemm_route
 
 _MAX_FACTORS = 3  # q, k and v
@@ -192,9 +193,35 @@ def fits_tma(factors: Sequence[tuple[Tensor, Tensor]], out: Tensor) -> bool:
     )
 
 
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
 def _programs(device: torch.device, per_sm: int, tiles: int) -> int:
-    count = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
-    return min(count * per_sm, tiles)
+    return min(_multiprocessors(device) * per_sm, tiles)
+
+
+@cache
+def _launcher(
+    tiles: Tiles, has_bias: bool, weight_nk: bool, rank: int, lora_desc: bool, overlap: bool
+) -> Launcher:
+    order = 1 if weight_nk else -1  # of a block's sizes along N and along the terms
+    blocks = {"y_desc": [tiles.block_m, tiles.block_n // 2]}
+    for i in ("", "1", "2"):
+        blocks[f"x{i}_desc"] = [tiles.block_m, tiles.block_k]
+        blocks[f"w{i}_desc"] = [tiles.block_n, tiles.block_k][::order]
+    if lora_desc:
+        blocks |= {"hidden": [tiles.block_m, rank], "lora_b": [tiles.block_n, rank][::order]}
+    constants = {
+        "HAS_BIAS": has_bias, "WEIGHT_NK": weight_nk, "R": rank, "BLOCK_M": tiles.block_m,
+        "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k, "GROUP_M": tiles.group_m,
+        "LORA_DESC": lora_desc, "OVERLAP": overlap,
+    }  # fmt: skip
+    return Launcher(
+        _lora_gemm_kernel, constants, blocks=blocks, num_warps=tiles.warps, num_stages=tiles.stages,
+        launch_pdl=overlap, maxnreg=_MAX_REGISTERS if overlap else None,
+    )  # fmt: skip
 
 
 def gemm_tma(
@@ -213,48 +240,27 @@ def gemm_tma(
     """
     (m, n), r, rank = out.shape, hidden.shape[1], padded_rank(hidden.shape[1])
     weight_nk = rows_fit(factors[0][1])
-    order = 1 if weight_nk else -1  # of a block's sizes along N and along the terms
-    descriptors: list[TensorDescriptor | None] = []
-    for x, weight in factors:
-        descriptors += [
-            TensorDescriptor.from_tensor(x, [tiles.block_m, tiles.block_k]),
-            TensorDescriptor.from_tensor(
-                weight if weight_nk else weight.t(), [tiles.block_n, tiles.block_k][::order]
-            ),
-        ]
     terms = [x.shape[1] for x, _ in factors]
     stored_b = lora_b if weight_nk else lora_b.t()
     lora_desc = rank >= _DESCRIPTOR_RANK and rows_fit(hidden) and rows_fit(stored_b)
-    count = triton.cdiv(m, tiles.block_m) * triton.cdiv(n, tiles.block_n)
-    with torch.cuda.device_of(out):  # Triton launches on the current device
-        _lora_gemm_kernel[(_programs(out.device, tiles.per_sm, count),)](
-            TensorDescriptor.from_tensor(out, [tiles.block_m, tiles.block_n // 2]),
-            *descriptors,
-            *[None] * (2 * _MAX_FACTORS - len(descriptors)),
-            bias,
-            TensorDescriptor.from_tensor(hidden, [tiles.block_m, rank]) if lora_desc else hidden,
-            TensorDescriptor.from_tensor(stored_b, [tiles.block_n, rank][::order]) if lora_desc else lora_b,
-            m,
-            n,
-            *terms,
-            *[0] * (_MAX_FACTORS - len(terms)),
-            r,
-            *hidden.stride(),
-            *lora_b.stride(),
-            HAS_BIAS=bias is not None,
-            WEIGHT_NK=weight_nk,
-            R=rank,
-            LORA_DESC=lora_desc,
-            BLOCK_M=tiles.block_m,
-            BLOCK_N=tiles.block_n,
-            BLOCK_K=tiles.block_k,
-            GROUP_M=tiles.group_m,
-            OVERLAP=overlap,
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
-            launch_pdl=overlap,
-            maxnreg=_MAX_REGISTERS if overlap else None,
-        )
+    operands = [t for x, weight in factors for t in (x, weight if weight_nk else weight.t())]
+    launch = _launcher(tiles, bias is not None, weight_nk, rank, lora_desc, overlap)
+    launch(
+        (_programs(out.device, tiles.per_sm, triton.cdiv(m, tiles.block_m) * triton.cdiv(n, tiles.block_n)),),
+        out,
+        *operands,
+        *[None] * (2 * _MAX_FACTORS - len(operands)),
+        bias,
+        hidden,
+        stored_b if lora_desc else lora_b,
+        m,
+        n,
+        *terms,
+        *[0] * (_MAX_FACTORS - len(terms)),
+        r,
+        *hidden.stride(),
+        *lora_b.stride(),
+    )
     return out
 
 

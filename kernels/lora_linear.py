@@ -12,11 +12,14 @@ Layout: everything is a flat, contiguous range of M·K elements; a program takes
 Bytes moved per element of x, with b bytes an element: ``dropout`` 2b, ``dropout_add_`` 3b; no mask.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import Launcher
 from .lora_linear_twin import keep_threshold
 from .noise import interleave4, philox4x
 
@@ -48,14 +51,16 @@ def _dropout_kernel(
     tl.store(out_ptr + element, value.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+@cache
+def _launcher(accumulate: bool) -> Launcher:
+    return Launcher(_dropout_kernel, {"ACCUMULATE": accumulate, "BLOCK": _BLOCK})
+
+
 def _launch(out: Tensor, x: Tensor, p: float, seed: Tensor, accumulate: bool) -> Tensor:
     numel = x.numel()
     if numel:
         grid = (triton.cdiv(numel, _BLOCK),)
-        with torch.cuda.device_of(x):  # Triton launches on the current device
-            _dropout_kernel[grid](
-                out, x, seed, numel, keep_threshold(p), 1.0 / (1.0 - p), ACCUMULATE=accumulate, BLOCK=_BLOCK
-            )
+        _launcher(accumulate)(grid, out, x, seed, numel, keep_threshold(p), 1.0 / (1.0 - p))
     return out
 
 

@@ -21,6 +21,7 @@ up) share h's launch, the GEMM of dx, whose K loop runs over all their dy, and d
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -29,10 +30,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .launch import Launcher, Plans, signature
 from .lora_gemm import Tiles, fits_tma, gemm_tma, padded_rank
-from .lora_skinny import RowTiles, _sum_parts_kernel, xa_triton
+from .lora_skinny import RowTiles, sum_parts, xa_triton
 
-_SUM_BLOCK = 512
 _MAX_ROWS = 2048  # in one fp32 accumulator: tensor cores truncate, and their error grows with its length
 MAX_RANK = 64  # wider ranks leave the GEMM's neighbours no room
 
@@ -139,6 +140,12 @@ class TallProduct(NamedTuple):
         """Elements of the result."""
         return self.wide.shape[1] * self.thin.shape[1]
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The result's."""
+        width, r = self.wide.shape[1], self.thin.shape[1]
+        return (r, width) if self.transposed else (width, r)
+
     def arguments(self, parts: Tensor) -> tuple[Tensor | int, ...]:
         """Return the kernel's arguments."""
         width, r = self.wide.shape[1], self.thin.shape[1]
@@ -146,58 +153,78 @@ class TallProduct(NamedTuple):
         return (parts, self.wide, self.thin, width, r, self.wide.stride(0), *self.thin.stride(), *strides)
 
 
-def _launch_pair(pair: Sequence[TallProduct], tiles: PairTiles, overlap: bool) -> tuple[int, list[Tensor]]:
-    """Launch one or two products; return the number of ranges and their parts."""
-    first = pair[0]
-    m = first.wide.shape[0]
+@cache
+def _pair_launcher(tiles: PairTiles, rank: int, overlap: bool) -> Launcher:
+    constants = {"R": rank, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "OVERLAP": overlap}
+    return Launcher(
+        _tall_pair_kernel, constants, num_warps=tiles.warps, num_stages=tiles.stages, launch_pdl=overlap
+    )
+
+
+class TallPlan(NamedTuple):
+    """One or two tall products, with memory for their parts and results."""
+
+    pair: Sequence[TallProduct]
+    blocks: int  # of rows, in a range
+    ranges: int
+    parts: Sequence[Tensor]
+    outs: Sequence[Tensor]
+
+
+def plan_tall(pair: Sequence[TallProduct], dtype: torch.dtype, tiles: PairTiles) -> TallPlan:
+    """Allocate what one or two products need; results in ``dtype``."""
+    wide = pair[0].wide
     columns = sum(triton.cdiv(product.wide.shape[1], tiles.block_n) for product in pair)
-    row_blocks = triton.cdiv(m, tiles.block_m)
+    row_blocks = triton.cdiv(wide.shape[0], tiles.block_m)
     blocks = triton.cdiv(row_blocks, max(1, tiles.programs // columns))
     blocks = min(blocks, _MAX_ROWS // tiles.block_m)
     ranges = triton.cdiv(row_blocks, blocks)
-    parts = [first.wide.new_empty(ranges * product.numel, dtype=torch.float32) for product in pair]
-    none = (parts[0], first.wide, first.thin, 0, 0, 0, 0, 0, 0, 0)
-    _tall_pair_kernel[(columns, ranges)](
-        *first.arguments(parts[0]),
-        *(pair[1].arguments(parts[1]) if len(pair) == 2 else none),
-        m,
-        blocks * tiles.block_m,
-        R=max(padded_rank(product.thin.shape[1]) for product in pair),
-        BLOCK_M=tiles.block_m,
-        BLOCK_N=tiles.block_n,
-        OVERLAP=overlap,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-        launch_pdl=overlap,
+    parts = [wide.new_empty(ranges * product.numel, dtype=torch.float32) for product in pair]
+    outs = [wide.new_empty(product.shape, dtype=dtype) for product in pair]
+    return TallPlan(pair, blocks, ranges, parts, outs)
+
+
+def _launch_parts(plan: TallPlan, tiles: PairTiles, overlap: bool) -> None:
+    """Write the parts: one launch."""
+    pair, first = plan.pair, plan.pair[0]
+    columns = sum(triton.cdiv(product.wide.shape[1], tiles.block_n) for product in pair)
+    none = (plan.parts[0], first.wide, first.thin, 0, 0, 0, 0, 0, 0, 0)
+    rank = max(padded_rank(product.thin.shape[1]) for product in pair)
+    _pair_launcher(tiles, rank, overlap)(
+        (columns, plan.ranges),
+        *first.arguments(plan.parts[0]),
+        *(pair[1].arguments(plan.parts[1]) if len(pair) == 2 else none),
+        first.wide.shape[0],
+        plan.blocks * tiles.block_m,
     )
-    return ranges, parts
+
+
+def launch_tall(plans: Sequence[TallPlan], tiles: PairTiles, overlap: bool = False) -> None:
+    """Compute the planned products: two launches each, first all the parts and then all the sums.
+
+    With ``overlap`` the kernel just before on the stream must be `gemm_tma`'s with ``overlap``, and the
+    only operand not complete before *that* one may be the hidden that it waited for.
+    """
+    for plan in plans:
+        _launch_parts(plan, tiles, overlap)
+    for plan in plans:
+        if len(plan.outs) == 2:
+            (out, second), (parts, second_parts) = plan.outs, plan.parts
+            sum_parts(out, parts, plan.ranges, second, second_parts, plan.ranges)
+        else:
+            sum_parts(plan.outs[0], plan.parts[0], plan.ranges)
 
 
 def tall_products(
     products: Sequence[TallProduct], dtype: torch.dtype, tiles: PairTiles, overlap: bool = False
 ) -> list[Tensor]:
-    """Return the products in ``dtype``; two launches for each two of them.
-
-    With ``overlap`` the kernel just before on the stream must be `gemm_tma`'s with ``overlap``, and the
-    only operand not complete before *that* one may be the hidden that it waited for.
-    """
-    outs = [
-        p.wide.new_empty((p.thin.shape[1], p.wide.shape[1])[:: 1 if p.transposed else -1], dtype=dtype)
-        for p in products
-    ]
-    with torch.cuda.device_of(products[0].wide):  # Triton launches on the current device
-        launched = [_launch_pair(products[i : i + 2], tiles, overlap) for i in range(0, len(products), 2)]
-        for i, (ranges, parts) in enumerate(launched):
-            out, numel = outs[2 * i], outs[2 * i].numel()
-            second, second_numel = (outs[2 * i + 1], outs[2 * i + 1].numel()) if len(parts) == 2 else (out, 0)
-            grid = (triton.cdiv(numel, _SUM_BLOCK) + triton.cdiv(second_numel, _SUM_BLOCK),)
-            _sum_parts_kernel[grid](
-                out, second, parts[0], parts[-1], numel, second_numel, ranges, ranges, 1.0,
-                WITH_DH=len(parts) == 2, BLOCK=_SUM_BLOCK, num_warps=4,
-            )  # fmt: skip
-    return outs
+    """Return the products in ``dtype``; `plan_tall` and `launch_tall` for each two of them."""
+    plans = [plan_tall(products[i : i + 2], dtype, tiles) for i in range(0, len(products), 2)]
+    launch_tall(plans, tiles, overlap)
+    return [out for plan in plans for out in plan.outs]
 
 
+_plans = Plans()
 _GEMM_TILES = Tiles(128, 256, 64, 8, 3)  # 180 KB of shared memory: 47 KB left for the kernels beside it
 
 
@@ -234,12 +261,18 @@ def forward_overlapped(
         outs: ``(M, N)`` a layer.
         overlap: False runs the same kernels in turn.
     """
-    hidden = xa_triton(x, lora_a, scale, _row_tiles(lora_a.shape[0]), overlap)
-    first = 0
-    for (weight, bias, lora_b), out in zip(layers, outs, strict=True):
-        own = hidden[:, first : first + lora_b.shape[1]]
-        gemm_tma(((x, weight),), bias, own, lora_b, out, _GEMM_TILES, overlap and first == 0)
-        first += lora_b.shape[1]
+    hidden = x.new_empty(x.shape[0], lora_a.shape[0])
+
+    def launches() -> None:
+        xa_triton(x, lora_a, scale, _row_tiles(lora_a.shape[0]), overlap, hidden)
+        first = 0
+        for (weight, bias, lora_b), out in zip(layers, outs, strict=True):
+            own = hidden[:, first : first + lora_b.shape[1]]
+            gemm_tma(((x, weight),), bias, own, lora_b, out, _GEMM_TILES, overlap and first == 0)
+            first += lora_b.shape[1]
+
+    tensors = [x, lora_a, hidden, *(tensor for layer in layers for tensor in layer), *outs]
+    _plans.run((scale, overlap, *map(signature, tensors)), x.get_device(), launches)
     return hidden
 
 
@@ -259,15 +292,23 @@ def backward_overlapped(
     total = lora_a.shape[0]
     dh = dys[0].new_empty(dys[0].shape[0], total)
     owns, first = [], 0
-    for dy, lora_b in zip(dys, lora_bs, strict=True):
-        r = lora_b.shape[1]
-        own = slice(first, first + r)
-        xa_triton(dy, lora_b.t(), scale, _row_tiles(r), overlap, dh[:, own])
-        owns.append(own)
-        first += r
-    factors = [(dy, weight.t()) for dy, weight in zip(dys, weights, strict=True)]
-    gemm_tma(factors, None, dh, lora_a.t(), dx, _GEMM_TILES, overlap)
+    for lora_b in lora_bs:
+        owns.append(slice(first, first + lora_b.shape[1]))
+        first = owns[-1].stop
     products = [TallProduct(x, dh, transposed=True)]
     products += [TallProduct(dy, hidden[:, own], transposed=False) for dy, own in zip(dys, owns, strict=True)]
-    da, *dbs = tall_products(products, dtype, _pair_tiles(total), overlap)
+    tiles = _pair_tiles(total)
+    tall = [plan_tall(products[i : i + 2], dtype, tiles) for i in range(0, len(products), 2)]
+
+    def launches() -> None:
+        for dy, lora_b, own in zip(dys, lora_bs, owns, strict=True):
+            xa_triton(dy, lora_b.t(), scale, _row_tiles(lora_b.shape[1]), overlap, dh[:, own])
+        factors = [(dy, weight.t()) for dy, weight in zip(dys, weights, strict=True)]
+        gemm_tma(factors, None, dh, lora_a.t(), dx, _GEMM_TILES, overlap)
+        launch_tall(tall, tiles, overlap)
+
+    tensors = [x, hidden, lora_a, dh, dx, *dys, *weights, *lora_bs]
+    tensors += [tensor for plan in tall for tensor in (*plan.parts, *plan.outs)]
+    _plans.run((scale, overlap, *map(signature, tensors)), x.get_device(), launches)
+    da, *dbs = (out for plan in tall for out in plan.outs)
     return da, dbs

@@ -21,18 +21,20 @@ Bytes with b an element: ``down`` b M W + 8 r W a block of rows (from L2); ``up`
 Normals drawn: r W for each block of rows (``down``), range of rows (``up``) or group (``grads``).
 """
 
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import Launcher
 from .lora_gemm import padded_rank
-from .lora_skinny import _sum_parts_kernel
+from .lora_skinny import sum_parts
 from .noise import interleave4, randn4x
 
-_SUM_BLOCK = 512
+_SAMPLE_BLOCK = 1024
 _PROGRAMS = 264  # two for each multiprocessor of a large GPU
 
 
@@ -299,25 +301,23 @@ def _block_m(rows: int, rank: int, most: int = 128) -> int:
     return max(16, min(triton.next_power_of_2(rows), most if rank <= 64 else 32))
 
 
-def _layout(factor: Tensor, wide_first: bool, block_m: int) -> dict[str, int | bool]:
-    """Return the compile-time facts of θ, its orientation and its tiles, and of the kernel."""
-    rank = padded_rank(factor.shape[1 if wide_first else 0])
-    return {
-        "WIDE_FIRST": wide_first,
-        "QUADS": factor.shape[1] % 4 == 0,
-        "BLOCK_M": block_m,
-        "BLOCK_W": _block_w(rank),
-        "R": rank,
-        "num_warps": 8 if rank > 64 or block_m > 64 else 4,
-    }
+@cache
+def _launcher(kernel: Any, rank: int, wide_first: bool, quads: bool, block_m: int) -> Launcher:
+    constants = {
+        "WIDE_FIRST": wide_first, "QUADS": quads, "BLOCK_M": block_m, "BLOCK_W": _block_w(rank), "R": rank,
+    }  # fmt: skip
+    return Launcher(kernel, constants, num_warps=8 if rank > 64 or block_m > 64 else 4)
 
 
-def _sum(out: Tensor, parts: Tensor, count: int) -> None:
-    numel = out.numel()
-    _sum_parts_kernel[(triton.cdiv(numel, _SUM_BLOCK),)](
-        out, out, parts, parts, numel, 0, count, count, 1.0,
-        WITH_DH=False, BLOCK=_SUM_BLOCK, num_warps=4,
-    )  # fmt: skip
+def _kernel_for(kernel: Any, shape: tuple[int, ...], wide_first: bool, block_m: int) -> Launcher:
+    """Return ``kernel`` for a θ of ``shape``."""
+    rank = padded_rank(shape[1 if wide_first else 0])
+    return _launcher(kernel, rank, wide_first, shape[1] % 4 == 0, block_m)
+
+
+@cache
+def _sample_launcher() -> Launcher:
+    return Launcher(_sample_factors_kernel, {"BLOCK": _SAMPLE_BLOCK}, num_warps=4)
 
 
 def perturbed_down(
@@ -340,22 +340,20 @@ def perturbed_down(
     rank = mean.shape[1 if wide_first else 0]
     rows = m // groups
     block_m = _block_m(rows, rank)
-    layout = _layout(mean, wide_first, block_m)
+    block_w = _block_w(padded_rank(rank))
     blocks = groups * triton.cdiv(rows, block_m)
-    steps = triton.cdiv(width, layout["BLOCK_W"])
+    steps = triton.cdiv(width, block_w)
     splits = max(1, min(steps, _PROGRAMS // blocks))
     split_steps = triton.cdiv(steps, splits)
     splits = triton.cdiv(steps, split_steps)
     out = x.new_empty(m, rank)
     parts = out if splits == 1 else x.new_empty(splits * m * rank, dtype=torch.float32)
-    with torch.cuda.device_of(x):  # Triton launches on the current device
-        _perturbed_down_kernel[(blocks, splits)](
-            parts, x, mean, std, noise.seeds, noise.draws, noise.stream,
-            scale, rows, width, rank, x.stride(0),
-            split_steps * layout["BLOCK_W"], m * rank, **layout,
-        )  # fmt: skip
-        if splits > 1:
-            _sum(out, parts, splits)
+    _kernel_for(_perturbed_down_kernel, mean.shape, wide_first, block_m)(
+        (blocks, splits), parts, x, mean, std, noise.seeds, noise.draws, noise.stream, scale, rows, width,
+        rank, x.stride(0), split_steps * block_w, m * rank,
+    )  # fmt: skip
+    if splits > 1:
+        sum_parts(out, parts, splits)
     return out
 
 
@@ -375,16 +373,14 @@ def perturbed_up_(
     (m, width), groups = out.shape, noise.seeds.numel()
     rows = m // groups
     block_m = _block_m(rows, hidden.shape[1])
-    layout = _layout(mean, wide_first, block_m)
-    columns = triton.cdiv(width, layout["BLOCK_W"])
+    columns = triton.cdiv(width, _block_w(padded_rank(hidden.shape[1])))
     blocks = triton.cdiv(rows, block_m)
     ranges = max(1, min(blocks, _PROGRAMS // (columns * groups)))
     in_range = triton.cdiv(blocks, ranges) * block_m
-    with torch.cuda.device_of(out):
-        _perturbed_up_kernel[(groups * triton.cdiv(rows, in_range), columns)](
-            out, hidden, mean, std, noise.seeds, noise.draws, noise.stream,
-            rows, in_range, width, hidden.shape[1], out.stride(0), **layout,
-        )  # fmt: skip
+    _kernel_for(_perturbed_up_kernel, mean.shape, wide_first, block_m)(
+        (groups * triton.cdiv(rows, in_range), columns), out, hidden, mean, std, noise.seeds, noise.draws,
+        noise.stream, rows, in_range, width, hidden.shape[1], out.stride(0),
+    )  # fmt: skip
     return out
 
 
@@ -403,20 +399,19 @@ def perturbed_grads(wide: Tensor, thin: Tensor, noise: Noise, *, wide_first: boo
     (m, width), (_, rank), groups = wide.shape, thin.shape, noise.seeds.numel()
     out = wide.new_empty(2, *((width, rank) if wide_first else (rank, width)), dtype=torch.float32)
     rows = m // groups
-    layout = _layout(out[0], wide_first, _block_m(rows, rank, most=64))
-    columns = triton.cdiv(width, layout["BLOCK_W"])
+    block_m = _block_m(rows, rank, most=64)
+    columns = triton.cdiv(width, _block_w(padded_rank(rank)))
     in_range = triton.cdiv(groups, max(1, min(groups, _PROGRAMS // columns)))
     ranges = triton.cdiv(groups, in_range)
     numel = width * rank
     parts = out if ranges == 1 else wide.new_empty(2, ranges, numel, dtype=torch.float32)
-    with torch.cuda.device_of(wide):
-        _perturbed_grads_kernel[(columns, ranges)](
-            parts[0], parts[1], wide, thin, noise.seeds, noise.draws, noise.stream,
-            groups, in_range, rows, width, rank, wide.stride(0), **layout,
-        )  # fmt: skip
-        if ranges > 1:
-            for i in (0, 1):
-                _sum(out[i], parts[i], ranges)
+    _kernel_for(_perturbed_grads_kernel, out[0].shape, wide_first, block_m)(
+        (columns, ranges), parts[0], parts[1], wide, thin, noise.seeds, noise.draws, noise.stream, groups,
+        in_range, rows, width, rank, wide.stride(0),
+    )  # fmt: skip
+    if ranges > 1:
+        for i in (0, 1):
+            sum_parts(out[i], parts[i], ranges)
     return out[0], out[1]
 
 
@@ -426,10 +421,7 @@ def sample_factors(
     """Write ``mean + std ⊙ z`` of each group, rounded once; arguments as for the twin's. One launch."""
     mean, std = mean.contiguous(), std.contiguous()
     out = mean.new_empty(seeds.numel(), *mean.shape, dtype=dtype)
-    block = 1024
     if out.numel():
-        with torch.cuda.device_of(mean):
-            _sample_factors_kernel[(triton.cdiv(mean.numel(), block), seeds.numel())](
-                out, mean, std, seeds, draws, stream, mean.numel(), BLOCK=block, num_warps=4
-            )
+        grid = (triton.cdiv(mean.numel(), _SAMPLE_BLOCK), seeds.numel())
+        _sample_launcher()(grid, out, mean, std, seeds, draws, stream, mean.numel())
     return out

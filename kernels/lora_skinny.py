@@ -16,6 +16,7 @@ writes per row-block its part of dh; `_sum_parts_kernel` then sums the parts (fp
 Parts of dB: ranges · N r; of dh: N/BLOCK_N · M r. No atomics: same inputs, same bits.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
+from .launch import Launcher
 from .lora_routes import skinny_route
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -196,6 +198,56 @@ def _padded_rank(r: int) -> int:
     return max(16, triton.next_power_of_2(r))
 
 
+@cache
+def _xa_launcher(tiles: RowTiles, rank: int, even_k: bool, overlap: bool) -> Launcher:
+    constants = {
+        "R": rank, "BLOCK_M": tiles.block_m, "BLOCK_K": tiles.block_k, "GROUPS": tiles.groups,
+        "EVEN_K": even_k, "OVERLAP": overlap,
+    }  # fmt: skip
+    return Launcher(_skinny_xa_kernel, constants, num_warps=tiles.warps, num_stages=tiles.stages)
+
+
+@cache
+def _tall_launcher(tiles: TallTiles, rank: int, with_dh: bool) -> Launcher:
+    constants = {
+        "WITH_DH": with_dh, "TRANSPOSED": not with_dh, "R": rank, "BLOCK_M": tiles.block_m,
+        "BLOCK_N": tiles.block_n,
+    }  # fmt: skip
+    return Launcher(_skinny_tall_kernel, constants, num_warps=tiles.warps, num_stages=tiles.stages)
+
+
+@cache
+def _sum_launcher(with_dh: bool) -> Launcher:
+    return Launcher(_sum_parts_kernel, {"WITH_DH": with_dh, "BLOCK": _SUM_BLOCK}, num_warps=4)
+
+
+def sum_parts(
+    wide: Tensor,
+    wide_parts: Tensor,
+    parts: int,
+    dh: Tensor | None = None,
+    dh_parts: Tensor | None = None,
+    dh_count: int = 0,
+    scale: float = 1.0,
+) -> None:
+    """Write ``Σ wide_parts`` to ``wide`` and, where given, ``scale · Σ dh_parts`` to ``dh``: one launch.
+
+    Args:
+        wide: any shape, contiguous.
+        wide_parts: fp32, ``parts`` times ``wide``'s elements.
+        parts: how many to sum, in their order.
+        dh: a second result, or None.
+        dh_parts: fp32, ``dh_count`` times ``dh``'s elements.
+        dh_count: how many parts ``dh`` has.
+        scale: factor of ``dh``.
+    """
+    both = dh is not None
+    dh, dh_parts = (wide, wide_parts) if dh is None or dh_parts is None else (dh, dh_parts)
+    dh_numel = dh.numel() if both else 0
+    grid = (triton.cdiv(wide.numel(), _SUM_BLOCK) + triton.cdiv(dh_numel, _SUM_BLOCK),)
+    _sum_launcher(both)(grid, wide, dh, wide_parts, dh_parts, wide.numel(), dh_numel, parts, dh_count, scale)
+
+
 def xa_triton(
     x: Tensor,
     a: Tensor,
@@ -207,27 +259,11 @@ def xa_triton(
     """Run `_skinny_xa_kernel`; arguments as for `skinny_xa`, ``overlap`` as for `lora_gemm.gemm_tma`."""
     (m, k), r = x.shape, a.shape[0]
     hidden = x.new_empty(m, r) if out is None else out
-    with torch.cuda.device_of(x):  # Triton launches on the current device
-        _skinny_xa_kernel[(triton.cdiv(m, tiles.block_m),)](
-            hidden,
-            x,
-            a,
-            scale,
-            m,
-            k,
-            r,
-            *x.stride(),
-            *a.stride(),
-            hidden.stride(0),
-            R=_padded_rank(r),
-            BLOCK_M=tiles.block_m,
-            BLOCK_K=tiles.block_k,
-            GROUPS=tiles.groups,
-            EVEN_K=k % tiles.block_k == 0,
-            OVERLAP=overlap,
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
-        )
+    launch = _xa_launcher(tiles, _padded_rank(r), k % tiles.block_k == 0, overlap)
+    launch(
+        (triton.cdiv(m, tiles.block_m),),
+        hidden, x, a, scale, m, k, r, *x.stride(), *a.stride(), hidden.stride(0),
+    )  # fmt: skip
     return hidden
 
 
@@ -249,33 +285,15 @@ def _tall(
     dh_parts = parts[ranges * n * r :]
     out = wide.new_empty((n, r) if with_dh else (r, n), dtype=dtype)
     dh = wide.new_empty(m if with_dh else 0, r)
-    with torch.cuda.device_of(wide):
-        _skinny_tall_kernel[(col_blocks, ranges)](
-            parts,
-            dh_parts,
-            wide,
-            thin,
-            lora_b,
-            m,
-            n,
-            r,
-            blocks,
-            wide.stride(0),
-            *thin.stride(),
-            *((0, 0) if lora_b is None else lora_b.stride()),
-            WITH_DH=with_dh,
-            TRANSPOSED=not with_dh,
-            R=_padded_rank(r),
-            BLOCK_M=tiles.block_m,
-            BLOCK_N=tiles.block_n,
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
-        )
-        grid = (triton.cdiv(n * r, _SUM_BLOCK) + triton.cdiv(dh.numel(), _SUM_BLOCK),)
-        _sum_parts_kernel[grid](
-            out, dh, parts, dh_parts, n * r, dh.numel(), ranges, col_blocks, scale,
-            WITH_DH=with_dh, BLOCK=_SUM_BLOCK, num_warps=4,
-        )  # fmt: skip
+    _tall_launcher(tiles, _padded_rank(r), with_dh)(
+        (col_blocks, ranges),
+        parts, dh_parts, wide, thin, lora_b, m, n, r, blocks, wide.stride(0), *thin.stride(),
+        *((0, 0) if lora_b is None else lora_b.stride()),
+    )  # fmt: skip
+    if with_dh:
+        sum_parts(out, parts, ranges, dh, dh_parts, col_blocks, scale)
+    else:
+        sum_parts(out, parts, ranges)
     return out, dh
 
 

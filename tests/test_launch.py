@@ -16,7 +16,7 @@ from triton.runtime import driver as runtime_driver
 from triton.runtime.jit import JITFunction
 
 from bayeslora.kernels import launch as launch_module
-from bayeslora.kernels.launch import Launcher
+from bayeslora.kernels.launch import Launcher, Plans, signature
 
 STREAM = 77
 
@@ -276,3 +276,57 @@ def test_wrong_arguments():
         Launcher(kernel, {"BLOCK": 128, "TWICE": True}, blocks={"y_desc": (1, 1)})
     with pytest.raises(TypeError, match="takes 4"):
         Launcher(kernel, {"BLOCK": 128, "TWICE": True})((1,), torch.zeros(1))
+
+
+def test_plans_repeat_launches_without_running_the_function(recorder):
+    scale = Launcher(JITFunction(_scale), {"BLOCK": 128, "TWICE": False})
+    copy = Launcher(
+        JITFunction(_copy_tile), {"BLOCK": 64}, blocks={"x_desc": (64, 64), "other_desc": (64, 64)}
+    )
+    plans, runs = Plans(), []
+
+    def run(out, x):
+        def launches():
+            runs.append(1)
+            scale((2,), out, x, 200, 0.5)
+            copy((1,), out, x, None, 3)
+
+        plans.run((signature(out), signature(x)), 0, launches)
+
+    out, x, other = (_gpu(64, 64, dtype=torch.bfloat16) for _ in range(3))
+    for _ in range(3):
+        run(out, x)
+    assert len(runs) == 1
+    assert recorder.launches[0::2] == [recorder.launches[0]] * 3
+    assert recorder.launches[1::2] == [recorder.launches[1]] * 3
+    run(out, other)
+    run(out, x[:32].as_subclass(OnGPU))
+    assert len(runs) == 3
+    assert recorder.launches[6] != recorder.launches[0]
+    hooks = triton.knobs.runtime.launch_enter_hook
+    hooks.add(print)  # a profiler wants to see every launch
+    try:
+        run(out, x)
+    finally:
+        hooks.remove(print)
+    assert len(runs) == 4
+
+
+def test_a_plan_that_failed_or_is_not_whole_is_not_kept(recorder, monkeypatch):
+    launcher = Launcher(JITFunction(_scale), {"BLOCK": 128, "TWICE": False})
+    plans, runs, out = Plans(), [], _gpu(256)
+
+    def launches():
+        runs.append(1)
+        launcher((2,), out, out, 200, 0.5)
+        if len(runs) == 1:
+            raise RuntimeError("out of memory")
+        if len(runs) == 2:
+            launcher((2,), out, torch.zeros(256), 200, 0.5)  # left to Triton
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        plans.run("key", 0, launches)
+    for _ in range(4):
+        plans.run("key", 0, launches)
+    assert len(runs) == 3
+    assert getattr(launch_module._recording, "launches", None) is None
