@@ -15,7 +15,9 @@ __all__ = [
     "Posterior",
     "PosteriorCallback",
     "capture_step",
+    "configure_monteclora",
     "metrics",
+    "monteclora_loss",
     "patch",
     "samplers",
     "unpatch",
@@ -27,6 +29,8 @@ _HOME = {
     "Posterior": "posterior",
     "PosteriorCallback": "trainer_callback",
     "capture_step": "capture",
+    "configure_monteclora": "monteclora",
+    "monteclora_loss": "monteclora",
     "patch": "patching",
     "unpatch": "patching",
 }
@@ -36,6 +40,7 @@ if TYPE_CHECKING:
     from .capture import capture_step
     from .ivon import IVON
     from .lightning_callback import LightningCallback
+    from .monteclora import configure_monteclora, monteclora_loss
     from .patching import patch, unpatch
     from .posterior import Posterior
     from .trainer_callback import PosteriorCallback

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from .lora_group import LoraCall, LoraGroup, add_groups, remove_groups
 from .lora_linear import apply_layers
+from .monteclora import attach as attach_monteclora
+from .monteclora import check_layers as check_monteclora
+from .monteclora import detach as detach_monteclora
 
 _logger = logging.getLogger("bayeslora")
 
@@ -115,9 +118,14 @@ def _unsupported(layer: Any, adapter: str) -> str | None:
 
     Runs at every call of a patched layer, so it and its parts read module dictionaries, not attributes.
     """
-    if adapter in layer.lora_variant:
+    if adapter in layer.lora_variant and adapter not in layer.__dict__.get("_monteclora", ()):
         name = type(layer.lora_variant[adapter]).__name__
         return _VARIANT_NAMES.get(name, name.removesuffix("LinearVariant"))
+    return _unsupported_parts(layer, adapter)
+
+
+def _unsupported_parts(layer: Any, adapter: str) -> str | None:
+    """Return why the fused forward cannot serve the layer's submodules and scaling, or None if it can."""
     if type(layer.scaling[adapter]) not in (float, int):
         return "scaling that is not a number"
     modules: Any = layer._modules
@@ -143,11 +151,16 @@ def _lora_call(layer: Any, adapter: str) -> LoraCall:
     modules = layer._modules
     base = modules["base_layer"]
     dropout = modules["lora_dropout"]._modules[adapter]
+    lora_a = modules["lora_A"]._modules[adapter]._parameters["weight"]
+    lora_b = modules["lora_B"]._modules[adapter]._parameters["weight"]
+    if "_monteclora" in layer.__dict__ and adapter in layer._monteclora:
+        bank, index = layer._monteclora[adapter]
+        lora_a, lora_b = bank.matrices(index, lora_a, lora_b)
     return LoraCall(
         base._parameters["weight"],
         base._parameters["bias"],
-        modules["lora_A"]._modules[adapter]._parameters["weight"],
-        modules["lora_B"]._modules[adapter]._parameters["weight"],
+        lora_a,
+        lora_b,
         bool(_weight_is_transposed(type(base))),
         layer.scaling[adapter],
         dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0,
@@ -206,6 +219,17 @@ def _reason_to_leave(layer: LoraLayer, adapter_name: str | None) -> str | None:
     return None if None in reasons else reasons[0]
 
 
+def _montecloras(model: nn.Module, adapter: str) -> list[Any]:
+    """Return the layers whose MonteCLoRA adapter of that name the fused forward serves, in order."""
+    found = []
+    for layer in _lora_layers(model):
+        if type(layer) in (PeftLoraLinear, FusedLoraLinear) and "forward" not in layer.__dict__:
+            variant = type(layer.lora_variant.get(adapter)).__name__
+            if variant == "MontecloraLinearVariant" and _unsupported_parts(layer, adapter) is None:
+                found.append(layer)
+    return found
+
+
 def patch(model: _Model, adapter_name: str | None = None) -> _Model:
     """Swap the class of every PEFT LoRA Linear layer that the fused forward supports, in place.
 
@@ -213,6 +237,10 @@ def patch(model: _Model, adapter_name: str | None = None) -> _Model:
     computes its LoRA term in the activations' dtype (autocast's under autocast), also where the adapter is
     fp32. Layers of one module that read the same input (q, k and v; gate and up) are computed in one call
     and then share one dropout mask, where PEFT draws one a layer.
+
+    Layers whose ``LoraConfig`` has a ``monteclora_config`` draw their noise together, once a forward of
+    ``model`` (see `bayeslora.configure_monteclora`), and PEFT's ``MontecloraTrainerMixin`` gets the loss of
+    `bayeslora.monteclora_loss`.
 
     A layer uses PEFT's own forward whenever the call is one that the fused forward does not cover: merged
     or disabled adapters, several active adapters, ``adapter_names`` batches, DoRA and other variants, a
@@ -228,7 +256,8 @@ def patch(model: _Model, adapter_name: str | None = None) -> _Model:
         ``model`` itself. Patching again changes nothing; `unpatch` undoes it.
 
     Raises:
-        ValueError: ``model`` has no LoRA layers, or none of them holds ``adapter_name``.
+        ValueError: ``model`` has no LoRA layers, or none of them holds ``adapter_name``, or PEFT trains
+            some of a MonteCLoRA adapter's layers as plain LoRA without saying so (a quantized base).
     """
     layers = list(_lora_layers(model))
     if not layers:
@@ -240,6 +269,8 @@ def patch(model: _Model, adapter_name: str | None = None) -> _Model:
         held = sorted(set().union(*map(_held_adapters, layers)))
         if adapter_name not in held:
             raise ValueError(f"adapter_name is {adapter_name!r}; the model's adapters are {held}")
+    check_monteclora(model)
+    attach_monteclora(model, _montecloras)
     left: Counter[str] = Counter()
     for layer in layers:
         reason = _reason_to_leave(layer, adapter_name)
@@ -259,6 +290,7 @@ def patch(model: _Model, adapter_name: str | None = None) -> _Model:
 def unpatch(model: _Model) -> _Model:
     """Give every layer that `patch` changed its own class back, in place; return ``model`` itself."""
     remove_groups(model)
+    detach_monteclora(model)
     for module in model.modules():
         if type(module) is FusedLoraLinear:
             module.__class__ = PeftLoraLinear  # type: ignore[assignment]

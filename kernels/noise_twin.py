@@ -42,17 +42,17 @@ def philox4x32(key: tuple[int, int], counter: tuple[Tensor, Tensor, Tensor, Tens
     return c0, c1, c2, c3
 
 
-def philox4x(seed: int, draw: int, stream: int | Tensor, group: Tensor) -> tuple[Tensor, ...]:
+def philox4x(seed: int, draw: int | Tensor, stream: int | Tensor, group: Tensor) -> tuple[Tensor, ...]:
     """Return the four words of each element group, as int64 tensors of ``group``'s shape.
 
     Args:
         seed: 64-bit key (negative values are taken modulo 2^64).
-        draw: index of the sample.
+        draw: index of the sample, or an int64 tensor of one element.
         stream: index of the tensor, or an int64 tensor of ``group``'s shape.
         group: int64 tensor, ``element // 4``.
     """
     c0 = group & _MASK32
-    c1 = torch.full_like(c0, draw & _MASK32)
+    c1 = torch.zeros_like(c0).add_(draw & _MASK32)
     c2 = torch.zeros_like(c0).add_(stream & _MASK32)
     return philox4x32((seed & _MASK32, (seed >> 32) & _MASK32), (c0, c1, c2, torch.zeros_like(c0)))
 
@@ -67,7 +67,7 @@ def _box_muller(word_radius: Tensor, word_angle: Tensor) -> tuple[Tensor, Tensor
     return radius * torch.cos(angle), radius * torch.sin(angle)
 
 
-def randn4x(seed: int, draw: int, stream: int | Tensor, group: Tensor) -> tuple[Tensor, ...]:
+def randn4x(seed: int, draw: int | Tensor, stream: int | Tensor, group: Tensor) -> tuple[Tensor, ...]:
     """Return the standard normals of elements ``4·group + (0, 1, 2, 3)``, four fp32 tensors."""
     w0, w1, w2, w3 = philox4x(seed, draw, stream, group)
     return *_box_muller(w0, w1), *_box_muller(w2, w3)

@@ -442,7 +442,6 @@ def test_a_layer_changed_after_the_patch_falls_back(change, device, fused_calls)
 
 LEFT = {
     "DoRA": ({"use_dora": True}, 0, "DoRA: 14"),
-    "MonteCLoRA": ({"monteclora_config": {}}, 0, "MonteCLoRA: 14"),
     "bias": ({"lora_bias": True}, 0, "bias in the adapter: 14"),
     "embedding": ({"target_modules": ["embed_tokens", "q_proj"]}, 2, "Embedding: 1"),
 }
@@ -451,8 +450,6 @@ LEFT = {
 @pytest.mark.parametrize("case", LEFT)
 def test_what_is_not_supported_is_left_and_said(case, device, caplog, fused_calls):
     config, fused, reason = LEFT[case]
-    if "monteclora_config" in config:
-        config = {"monteclora_config": peft.tuners.lora.config.MontecloraConfig()}
     plain = _adapted(device, **config)
     layers = fused + int(reason.rpartition(" ")[2])
     with caplog.at_level(logging.INFO, "bayeslora"):

@@ -1,0 +1,261 @@
+"""MonteCLoRA on PEFT's layers: what `patch` attaches, what the user configures, and the loss.
+
+Every adapted matrix A (or B) is replaced in each training forward by ``A + c Σᵢ πᵢ Zᵢ L`` with learned
+variances and mixture weights (``monteclora_math.py``). PEFT's sampler modules keep the learned parameters, so
+checkpoints are PEFT's, both ways; what PEFT's samplers buffer is dropped, because noise is a function of
+counters here and drawn for all layers in two launches.
+
+Paper: Sengupta et al., "Robust and efficient fine-tuning of LLMs with Bayesian reparameterization of
+low-rank adaptation" (TMLR 2025).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bayeslora.monteclora_bank import MontecloraBank, add_hooks, remove_hooks
+from bayeslora.monteclora_options import OPTION_NAMES, MontecloraOptions
+
+
+def _adapter_configs(model: nn.Module) -> dict[str, Any]:
+    """Return the config of every MonteCLoRA adapter in ``model``, by adapter name."""
+    found: dict[str, Any] = {}
+    for module in model.modules():
+        configs = getattr(module, "peft_config", None)
+        if isinstance(configs, dict):
+            found |= {n: c for n, c in configs.items() if getattr(c, "monteclora_config", None) is not None}
+    return found
+
+
+def check_layers(model: nn.Module) -> None:
+    """Refuse a model in which layers of a MonteCLoRA adapter are plain LoRA.
+
+    Raises:
+        ValueError: naming the kinds of layers and how many there are.
+    """
+    from peft.tuners.lora.layer import LoraLayer
+
+    for adapter in _adapter_configs(model):
+        plain: Counter[str] = Counter()
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer) and (
+                adapter in layer.lora_A or adapter in layer.lora_embedding_A
+            ):
+                variant = getattr(layer, "lora_variant", {}).get(adapter)
+                if type(variant).__name__ != "MontecloraLinearVariant":
+                    base = type(layer.get_base_layer()).__name__
+                    plain[
+                        f"{type(layer).__module__.rpartition('.')[2]}.{type(layer).__name__} on {base}"
+                    ] += 1
+        if plain:
+            kinds = ", ".join(f"{kind}: {count}" for kind, count in plain.items())
+            raise ValueError(
+                f"adapter {adapter!r} has a monteclora_config, but PEFT trains these of its layers as plain "
+                f"LoRA: {kinds}. Load the base model unquantized, or target other layers, or use LoRA with "
+                "bayeslora.IVON, which gives a posterior on quantized models too"
+            )
+
+
+def _ensure_sampler(layer: Any, adapter: str) -> None:
+    """Make a sampler whose making PEFT put off until the weights are there, and empty its buffer."""
+    if adapter not in layer.lora_monteclora_sampler:
+        config = replace(layer._lora_monteclora_config[adapter], buffer_size=1)
+        variant: Any = layer.lora_variant[adapter]
+        layer.lora_monteclora_sampler[adapter] = variant._create_sampler(layer, adapter, config)
+        layer.lora_monteclora_sampler[adapter].sampler.buffer_size = layer._lora_monteclora_config[
+            adapter
+        ].buffer_size
+    buffered = layer.lora_monteclora_sampler[adapter].sampler
+    buffered.buffer, buffered.index = [], buffered.buffer_size  # PEFT's own forward would fill it again
+
+
+def _scopes(model: nn.Module) -> Iterable[nn.Module]:
+    """Yield the modules whose calls are forwards of the model: itself, and what PEFT wraps."""
+    yield model
+    inner: Any = getattr(model, "base_model", None)
+    if isinstance(inner, nn.Module) and hasattr(model, "peft_config"):
+        yield inner
+        innermost: Any = getattr(inner, "model", None)
+        if isinstance(innermost, nn.Module):
+            yield innermost
+
+
+def attach(model: nn.Module, find: Callable[[nn.Module, str], list[Any]]) -> None:
+    """Give every MonteCLoRA adapter of ``model`` a bank; those that have one keep it.
+
+    Args:
+        model: the model that is being patched.
+        find: gives the layers of ``model`` that a bank can serve, by adapter name.
+    """
+    from peft.tuners.lora.model import LoraModel
+
+    for adapter in _adapter_configs(model):
+        layers = [
+            layer for layer in find(model, adapter) if layer.lora_A[adapter].weight.device.type != "meta"
+        ]
+        if not layers or all(adapter in layer.__dict__.get("_monteclora", ()) for layer in layers):
+            continue
+        for layer in layers:
+            _ensure_sampler(layer, adapter)
+        bank = MontecloraBank(layers, adapter, MontecloraOptions())
+        for index, layer in enumerate(layers):
+            layer.__dict__.setdefault("_monteclora", {})[adapter] = (bank, index)
+        for scope in _scopes(model):
+            add_hooks(scope, bank)
+    banks = _banks(model)
+    for module in model.modules():
+        if banks and isinstance(module, LoraModel):
+            module.__dict__["_get_monteclora_loss"] = TrainerLoss(module)
+
+
+def detach(model: nn.Module) -> None:
+    """Take out of ``model`` everything that `attach` put in."""
+    for module in model.modules():
+        module.__dict__.pop("_monteclora", None)
+        module.__dict__.pop("_get_monteclora_loss", None)
+        remove_hooks(module)
+
+
+class TrainerLoss:
+    """What PEFT's ``MontecloraTrainerMixin`` calls in place of ``LoraModel._get_monteclora_loss``.
+
+    Layers that are left to PEFT's own forward contribute PEFT's own terms.
+    """
+
+    def __init__(self, lora_model: Any) -> None:
+        self._lora_model = lora_model
+
+    def __call__(self, adapter_names: str | list[str] | None = None) -> Tensor | float:
+        """Return the loss of the named adapters (None: the active ones), averaged over their layers."""
+        model = self._lora_model
+        names = model.active_adapters if adapter_names is None else adapter_names
+        wanted = {names} if isinstance(names, str) else set(names)
+        total: Tensor | float = 0.0
+        count = 0
+        for bank in _banks(model):
+            if bank.adapter in wanted:
+                total = total + _bank_loss(bank) * len(bank.layers) * _world_size(bank)
+                count += len(bank.layers)
+        for layer in model.modules():
+            samplers = getattr(layer, "lora_monteclora_sampler", {})
+            for adapter in wanted & set(samplers.keys()) - set(layer.__dict__.get("_monteclora", ())):
+                kl, entropy = samplers[adapter].get_variational_loss()
+                total, count = total + kl + entropy, count + 1
+        return total / count if count else 0.0
+
+
+def _world_size(bank: MontecloraBank) -> int:
+    """Return by what a share of the tokens of all processes must be multiplied, before they average."""
+    if isinstance(bank.loss_weight, Tensor) and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    return 1
+
+
+def _bank_loss(bank: MontecloraBank) -> Tensor | float:
+    return bank.weighted_loss() if bank.samples() and not bank.options.add_loss else 0.0
+
+
+def _banks(model: nn.Module) -> list[MontecloraBank]:
+    found: dict[int, MontecloraBank] = {}
+    for module in model.modules():
+        for bank, _ in module.__dict__.get("_monteclora", {}).values():
+            found[id(bank)] = bank
+    return list(found.values())
+
+
+def _chosen_banks(model: nn.Module, adapter_name: str | None) -> list[MontecloraBank]:
+    banks = _banks(model)
+    if not banks:
+        raise ValueError(
+            f"model ({type(model).__name__}) has no MonteCLoRA layers that bayeslora runs; give LoraConfig a "
+            "monteclora_config and call bayeslora.patch(model)"
+        )
+    if adapter_name is None:
+        active: set[str] = set()
+        for bank in banks:
+            names = bank.layers[0]._active_adapter
+            active |= {names} if isinstance(names, str) else set(names)
+        return [bank for bank in banks if bank.adapter in active]
+    chosen = [bank for bank in banks if bank.adapter == adapter_name]
+    if not chosen:
+        raise ValueError(
+            f"adapter_name is {adapter_name!r}; the MonteCLoRA adapters are {[b.adapter for b in banks]}"
+        )
+    return chosen
+
+
+def monteclora_loss(model: nn.Module, adapter_name: str | None = None) -> Tensor:
+    """Return MonteCLoRA's variational loss, to be added to the task's.
+
+    The mean over layers of ``η (KL_gauss + KL_wishart + KL_dir) + Σ π²`` (the last where ``use_entropy``), at
+    the noise of the last forward; closed forms in fp64 over all layers at once. It has a graph of its own:
+    both losses can be differentiated together or one after the other. Under gradient accumulation divide
+    it as the task's loss; where a trainer gives the model ``num_items_in_batch``, it is already weighted
+    by the micro-batch's share of the tokens, so that a step's micro-batches count it once together.
+
+    Args:
+        model: a patched model with MonteCLoRA layers.
+        adapter_name: the adapter; None for the active ones.
+
+    Returns:
+        An fp32 scalar tensor; zero in eval mode, in mode "mean", and with ``add_loss=True`` (where the
+        model's own loss has it).
+
+    Raises:
+        ValueError: the model has no such layers.
+    """
+    losses = [_bank_loss(bank) for bank in _chosen_banks(model, adapter_name)]
+    device = next(model.parameters()).device
+    total = torch.zeros((), device=device)
+    for loss in losses:
+        total = total + loss
+    return total
+
+
+def configure_monteclora(model: nn.Module, adapter_name: str | None = None, **options: Any) -> None:
+    """Choose how a patched model's MonteCLoRA layers sample; what is not named stays as it is.
+
+    ::
+
+        bayeslora.configure_monteclora(model, resample="step", estimator="mixture")
+
+    Args:
+        model: a patched model with MonteCLoRA layers.
+        adapter_name: the adapter; None for the active ones.
+        **options: any of
+
+            - ``estimator``: "collapsed" (one Gaussian of the mixture's law, the default) or "mixture".
+            - ``dirichlet``: "exact" (the default) or "logistic_normal" (PEFT's approximation).
+            - ``resample``: a new draw each "forward" (the default, as in the paper) or each "step" (when a
+              parameter has changed since).
+            - ``perturb``: "A" (the default), "B" or "both", with the same learned priors.
+            - ``outer_samples``: M >= 1 draws of variances and weights, N components each, averaged.
+            - ``sparse``: only the component with the largest weight is active.
+            - ``mode``: "joint" (the default); "mean" trains A and B without noise, then "priors"
+              freezes them and trains the priors: the post-hoc mode. Build the optimizer afterwards.
+            - ``sample_scaler``: c, a number >= 0, or a function of the number of draws made so far (which
+              a replayed CUDA graph does not call: there, set numbers).
+            - ``add_loss``: add the variational loss to the ``loss`` of the model's own output, as
+              plain HF Trainer needs.
+            - ``seed``: 64-bit key of the noise (default: from torch's generator when patched).
+
+    Raises:
+        ValueError: an option's value is out of range, or the model has no such layers.
+        TypeError: an option of another name.
+    """
+    unknown = set(options) - set(OPTION_NAMES)
+    if unknown:
+        raise TypeError(f"configure_monteclora has no option {sorted(unknown)[0]!r}; it has {OPTION_NAMES}")
+    for bank in _chosen_banks(model, adapter_name):
+        chosen = replace(bank.options, **options)
+        if set(options) == {"sample_scaler"}:  # keeps the memory that a recorded CUDA graph reads
+            bank.options = chosen
+            bank.set_scale()
+        else:
+            bank.set_options(chosen)
