@@ -1,0 +1,79 @@
+"""The benchmark of training steps: its statistics, and that it times nothing it has not checked."""
+
+import pytest
+import torch
+from scipy.stats import binom
+from torch import nn
+
+import bayeslora.patching
+from bayeslora import step_benchmark
+from bayeslora.step_benchmark import CAPTURED, EAGER, Bench, Case, Contestant, measure, ratio, sign_interval
+
+TOY = Case("toy", 2, 8)
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("n", [1, 5, 6, 7, 20, 51, 2000])
+def test_sign_interval_has_its_confidence(n):
+    low, high = sign_interval(n)
+    assert high == n - 1 - low
+    if n >= 6:
+        assert 2 * binom.cdf(low, n, 0.5) <= 0.05 < 2 * binom.cdf(low + 1, n, 0.5)
+    else:
+        assert low == 0
+
+
+def test_ratio_pairs_rounds():
+    drifting = [1.0 + i for i in range(9)]
+    a = Contestant("a", lambda: None, [1.1 * t for t in drifting])
+    b = Contestant("b", lambda: None, [5.0, *drifting])  # one round more, before
+    assert ratio(a, b) == pytest.approx({"median": 1.1, "low": 1.1, "high": 1.1, "rounds": 9})
+
+
+@pytest.mark.parametrize(("mode", "names"), [("eager", EAGER), ("captured", CAPTURED)])
+def test_measures_every_contestant(mode, names):
+    rows = list(measure(TOY, mode, CPU, seconds=0.0, dtype=torch.float32))
+    assert [row["name"] for row in rows] == list(names)
+    assert all(row["milliseconds"] > 0 and row["over_peft_adamw"]["rounds"] == 7 for row in rows)
+    assert rows[-1]["over_patched_adamw"]["rounds"] == 14
+
+
+def _wrongly(model):
+    patched = bayeslora.patching.patch(model)
+    for name, p in patched.named_parameters():
+        if "lora_A" in name:
+            p.data.mul_(1.001)
+    return patched
+
+
+def test_wrong_layers_are_not_timed():
+    bench = Bench(TOY, CPU, torch.float32)
+    bench._patch = _wrongly
+    with pytest.raises(RuntimeError, match="differ from PEFT"):
+        bench.check_layers()
+
+
+def test_wrong_optimizer_is_not_timed(monkeypatch):
+    monkeypatch.setitem(step_benchmark._IVON, "beta1", 0.91)
+    with pytest.raises(AssertionError):
+        list(measure(TOY, "eager", CPU, seconds=0.0, dtype=torch.float32))
+
+
+def test_capture_that_goes_astray_is_not_timed():
+    bench = Bench(TOY, CPU, torch.float32)
+    contestant = bench.contestant("patched + IVON, captured")
+    with pytest.raises(RuntimeError, match="does not follow"):
+        bench._check_captured(contestant, [1.0, 1.1], [1.0, 1.2])
+
+
+def test_contestants_share_the_frozen_weights_only():
+    bench = Bench(TOY, CPU, torch.float32)
+    first, second = bench.model(patched=True), bench.model(patched=False)
+    for p, q in zip(first.parameters(), second.parameters(), strict=True):
+        assert isinstance(p, nn.Parameter)
+        assert (p is q) != p.requires_grad
+
+
+def test_unknown_shape():
+    with pytest.raises(ValueError, match="SmolLM2-135M"):
+        Bench(Case("llama", 1, 1), CPU)
