@@ -16,6 +16,7 @@ __all__ = [
     "PosteriorCallback",
     "capture_step",
     "configure_monteclora",
+    "keep_gradients_local",
     "metrics",
     "monteclora_loss",
     "patch",
@@ -30,6 +31,7 @@ _HOME = {
     "PosteriorCallback": "trainer_callback",
     "capture_step": "capture",
     "configure_monteclora": "monteclora",
+    "keep_gradients_local": "ivon_distributed",
     "monteclora_loss": "monteclora",
     "patch": "patching",
     "unpatch": "patching",
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from . import metrics, samplers
     from .capture import capture_step
     from .ivon import IVON
+    from .ivon_distributed import keep_gradients_local
     from .lightning_callback import LightningCallback
     from .monteclora import configure_monteclora, monteclora_loss
     from .patching import patch, unpatch

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bayeslora.ivon import IVON
+from bayeslora.ivon_distributed import is_sharded
 
 _logger = logging.getLogger("bayeslora")
 
@@ -250,7 +251,8 @@ def _reason_for_eager(opt: torch.optim.Optimizer) -> str | None:
     if not all(p.is_cuda for p in params):
         return "not every parameter is on a CUDA device"
     if isinstance(opt, IVON):
-        return "IVON(sync=True) talks to other processes" if opt.sync else None
+        talks = opt.sync or any(map(is_sharded, params))
+        return "IVON's step talks to other processes" if talks else None
     if not all(group.get("capturable", False) for group in opt.param_groups):
         return f"{type(opt).__name__} was not built with capturable=True"
     return None

@@ -17,8 +17,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bayeslora._backend import ivon_kernels
+from bayeslora.ivon_distributed import (
+    agree_on_nonfinite,
+    average_over_ranks,
+    check_engine,
+    check_not_replaced,
+    draws_own_noise,
+    whole,
+)
 from bayeslora.ivon_state import STATE_KEYS, BucketStore, check_group, check_saved_state, dense_grads
-from bayeslora.kernels.param_bucket import NONFINITE, DenseGrads, ParamBucket, state_dtype
+from bayeslora.kernels.param_bucket import ParamBucket, state_dtype
 
 if TYPE_CHECKING:
     from bayeslora.posterior import GaussianParameter, Posterior
@@ -105,8 +113,10 @@ class IVON(torch.optim.Optimizer):
         mc_samples: Monte Carlo samples that ``step(closure)`` takes, >= 1.
         hess_approx: ``"price"`` (reparameterised) or ``"gradsq"`` (squared gradients).
         clip_radius: largest preconditioned update of an element, > 0.
-        sync: average gradient and curvature over the ranks of ``torch.distributed`` in ``step()``; every
-            rank then draws its own sample. Not needed under DDP, which averages the gradients itself.
+        sync: on several ranks of ``torch.distributed``, ``"shared"`` (or False): all draw the same sample and
+            DDP or FSDP2 averages the gradients; or ``"independent"`` (or True): each draws its own, and
+            ``step()`` averages gradients and curvatures, which under DDP needs
+            :func:`bayeslora.keep_gradients_local`.
         debias: divide the momentum by ``1 - β1^t``.
         rescale_lr: multiply ``lr`` by ``hess_init + weight_decay``.
         seed: 64-bit key of all noise.
@@ -114,7 +124,7 @@ class IVON(torch.optim.Optimizer):
             :attr:`skipped_steps`; decided on the device, without a host sync.
 
     Raises:
-        ValueError: a hyperparameter is out of range.
+        ValueError: a hyperparameter is out of range, or the parameters belong to DeepSpeed or FSDP1.
         TypeError: a parameter is not a floating-point tensor.
     """
 
@@ -132,7 +142,7 @@ class IVON(torch.optim.Optimizer):
         mc_samples: int = 1,
         hess_approx: str = "price",
         clip_radius: float = math.inf,
-        sync: bool = False,
+        sync: bool | str = False,
         debias: bool = True,
         rescale_lr: bool = True,
         *,
@@ -147,12 +157,14 @@ class IVON(torch.optim.Optimizer):
             raise ValueError(f"seed must fit 64 bits, got {seed!r}")
         self.mc_samples = mc_samples
         self.hess_approx = hess_approx
-        self.sync = sync
+        self.sync = draws_own_noise(sync)
         self.debias = debias
         self.rescale_lr = rescale_lr
         self.skip_nonfinite = skip_nonfinite
         self._seed = seed
         self._eval_draws = 0
+        self._given: set[int] = set()
+        self._own_gradients_checked = False
         self._reset_samples()
         defaults = {
             "lr": lr,
@@ -171,7 +183,7 @@ class IVON(torch.optim.Optimizer):
         self._forget_samples()
         self._from_context = False  # the pending sample came from sampled_params, not train()
         self._wrapping_closure = False
-        self._store = BucketStore(self)
+        self._store = BucketStore(self, self._check_params)
 
     def _forget_samples(self) -> None:
         self._pending: _Noise | None = None  # the training sample that p.grad belongs to
@@ -198,6 +210,16 @@ class IVON(torch.optim.Optimizer):
             if not p.is_floating_point():
                 self.param_groups.pop()
                 raise TypeError(f"params must be floating-point tensors, got one of dtype {p.dtype}")
+        try:
+            check_engine(self.param_groups[-1]["params"], self.sync)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        self._given.update(map(id, self.param_groups[-1]["params"]))
+
+    def _check_params(self, params: list[Tensor]) -> None:
+        check_not_replaced(params, self._given)
+        check_engine(params, self.sync)
 
     # ---- samples ---------------------------------------------------------------------------------
 
@@ -321,7 +343,7 @@ class IVON(torch.optim.Optimizer):
                 price=self.hess_approx == "price",
             )
             self._folded_active.update(s for s, g in zip(bucket.streams, grads, strict=True) if g is not None)
-            for p in bucket.params:
+            for p in bucket.owners:
                 p.grad = None
         self._pending = None
 
@@ -360,6 +382,9 @@ class IVON(torch.optim.Optimizer):
         """
         loss = None if closure is None else self._run_closure(closure)
         if self._pending is None and self._folded == 0:
+            if not self.state and all(float(group["lr"]) == 0.0 for group in self.param_groups):
+                self._store.current()  # torch.distributed.checkpoint asks for the state by such a step
+                return loss
             raise RuntimeError(
                 "IVON.step() with no sample drawn: take the gradients inside "
                 "`with opt.sampled_params(train=True): loss.backward()`, or call `opt.train()` before the "
@@ -401,10 +426,10 @@ class IVON(torch.optim.Optimizer):
         if self._pending is not None:
             self._fold()
         if ranks:
-            for bucket in buckets:
-                for average in bucket.averages():
-                    dist.all_reduce(average)
-                    average.div_(dist.get_world_size())
+            average_over_ranks(buckets, first=not self._own_gradients_checked)
+            self._own_gradients_checked = True
+            # Every rank updates the same tensors, whichever of them had a gradient on it.
+            self._folded_active = {stream for bucket in buckets for stream in bucket.streams}
         return True
 
     def _update(
@@ -416,8 +441,11 @@ class IVON(torch.optim.Optimizer):
     ) -> None:
         grads = [None if averaged else dense_grads(bucket) for bucket in buckets]
         check = self.skip_nonfinite and found_inf is None
-        if check and len(buckets) > 1:
-            self._check_together(buckets, grads)
+        together = check and (len(buckets) > 1 or bool(self._store.shard_groups))
+        if together:
+            for bucket, bucket_grads in zip(buckets, grads, strict=True):
+                ivon_kernels(bucket.device).ivon_check(bucket, bucket_grads)
+            agree_on_nonfinite(buckets, self._store.shard_groups)
         noise = self._pending or _Noise(0, 0)
         for bucket, bucket_grads in zip(buckets, grads, strict=True):
             self._store.set_hyper(bucket, 1.0, self.rescale_lr)
@@ -433,20 +461,10 @@ class IVON(torch.optim.Optimizer):
                 draws=self._samples,
                 price=self.hess_approx == "price",
                 debias=self.debias,
-                check=check and len(buckets) == 1,
+                check=check and not together,
                 grad_scale=None if grad_scale is None else grad_scale.to(bucket.device),
                 found_inf=None if found_inf is None else found_inf.to(bucket.device),
             )
-
-    @staticmethod
-    def _check_together(buckets: list[ParamBucket], grads: list[DenseGrads | None]) -> None:
-        """Raise the non-finite flag of every bucket if one of them has a non-finite gradient."""
-        for bucket, bucket_grads in zip(buckets, grads, strict=True):
-            ivon_kernels(bucket.device).ivon_check(bucket, bucket_grads)
-        home = buckets[0].device
-        flag = torch.stack([b.control[NONFINITE].to(home, non_blocking=True) for b in buckets]).amax()
-        for bucket in buckets:
-            bucket.control[NONFINITE].copy_(flag, non_blocking=True)
 
     # ---- CUDA graphs (see capture.py) ------------------------------------------------------------
 
@@ -500,14 +518,14 @@ class IVON(torch.optim.Optimizer):
                 state = self.state.get(p)
                 if not state or not group.get("perturb", True):
                     continue
-                mean = state["mean"].clone()
+                mean = state["mean"]
                 changed = mean.to(p.dtype) != p
                 yield (
                     p,
                     GaussianParameter(
                         parameter=p,
-                        mean=torch.where(changed, p.to(mean.dtype), mean),
-                        hess=state["hess"].clone(),
+                        mean=whole(torch.where(changed, p.to(mean.dtype), mean)),
+                        hess=whole(state["hess"].clone()),
                         stream=stream,
                         ess=float(group["ess"]),
                         weight_decay=float(group["weight_decay"]),
@@ -545,14 +563,11 @@ class IVON(torch.optim.Optimizer):
         Raises:
             ValueError: the groups, keys or shapes do not fit; the optimizer is then as it was.
         """
-        saved_state = state_dict["state"]
-        check_saved_state(self.param_groups, state_dict)
+        saved_state = check_saved_state(self.param_groups, state_dict)
         self._show(None)
         super().load_state_dict({**state_dict, "state": {}})
-        params = [p for group in self.param_groups for p in group["params"]]
         self.state.clear()
-        for index, values in saved_state.items():
-            p = params[index]
+        for p, values in saved_state:
             dtype = state_dtype(p.dtype)
             self.state[p] = {k: values[k].detach().to(p.device, dtype, copy=True) for k in STATE_KEYS}
         self._reset_samples()
@@ -566,6 +581,8 @@ class IVON(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._wrapping_closure = False
-        self._store = BucketStore(self)
+        self._store = BucketStore(self, self._check_params)
+        self._given = {id(p) for group in self.param_groups for p in group["params"]}
+        self._own_gradients_checked = False
         if self._folded:  # the running means stayed behind
             self._forget_samples()

@@ -9,8 +9,10 @@ from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from bayeslora.ivon_distributed import is_sharded, part_like, shard_groups, shard_like, shard_of
 from bayeslora.kernels.param_bucket import (
     DRAWS,
     HYPER_WIDTH,
@@ -30,11 +32,17 @@ class BucketStore:
 
     Args:
         optimizer: holds ``param_groups`` and ``state``. Its state tensors become views of the buckets'
-            flat buffers; the counters are read from and written to its parameter groups.
+            flat buffers (of a DTensor, DTensors around them); the counters are read from and written to
+            its parameter groups.
+        check: raises for parameters that the optimizer cannot train.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, check: Callable[[list[Tensor]], None]) -> None:
         self._optimizer = optimizer
+        self._check = check
+        self._sharded = False
+        self.shard_groups: list[dist.ProcessGroup] = []
+        """Over which the parameters are sharded."""
         self._buckets: list[ParamBucket] | None = None
         self._params: list[Tensor] = []
         self._members: list[list[Tensor]] = []  # of each group
@@ -48,13 +56,13 @@ class BucketStore:
             self._buckets is None
             or len(groups) != len(self._members)
             or not all(_same(g["params"], members) for g, members in zip(groups, self._members, strict=True))
-            or list(map(_address, self._params)) != self._addresses
+            or self._where(self._params) != self._addresses
             or _traits(self._params) != self._traits
         ):
             self._buckets = self._make()
             self._members = [list(group["params"]) for group in groups]
             self._params = list(chain.from_iterable(self._members))
-            self._addresses, self._traits = list(map(_address, self._params)), _traits(self._params)
+            self._addresses, self._traits = self._where(self._params), _traits(self._params)
         return self._buckets
 
     def within_step(self) -> list[ParamBucket]:
@@ -62,11 +70,18 @@ class BucketStore:
 
         For the second half of a step: :meth:`current` has looked at everything when the sample was drawn.
         """
-        if self._buckets is None or list(map(_address, self._params)) != self._addresses:
+        if self._buckets is None or self._where(self._params) != self._addresses:
             return self.current()
         return self._buckets
 
+    def _where(self, params: list[Tensor]) -> list[int]:
+        """Return the parameters' addresses, of DTensors that of the local shard."""
+        if self._sharded:
+            params = [getattr(p, "_local_tensor", p) for p in params]
+        return list(map(_address, params))
+
     def _make(self) -> list[ParamBucket]:
+        self._check([p for group in self._optimizer.param_groups for p in group["params"]])
         self.write_counters()
         members: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, int, int]]] = {}
         stream = 0
@@ -79,7 +94,16 @@ class BucketStore:
         buckets = []
         for entries in members.values():
             params, streams, indices = zip(*entries, strict=True)
-            bucket = ParamBucket(params, streams, indices, num_groups=len(groups))
+            shards = [shard_of(p) for p in params]
+            bucket = ParamBucket(
+                [shard.local for shard in shards],
+                streams,
+                indices,
+                [shard.offset for shard in shards],
+                num_groups=len(groups),
+            )
+            if any(map(is_sharded, params)):
+                bucket.owners = list(params)
             for slot, name in ((STEP, "step"), (SKIPPED, "skipped"), (DRAWS, "draws")):
                 bucket.control[slot] = groups[0].get(name, 0)
             powers = [group.get("beta1_power", 1.0) for group in groups]
@@ -88,6 +112,8 @@ class BucketStore:
             for i, p in enumerate(params):
                 self._place(bucket, i, p)
             buckets.append(bucket)
+        self._sharded = any(bucket.owners is not bucket.params for bucket in buckets)
+        self.shard_groups = shard_groups(p for bucket in buckets for p in bucket.owners)
         return buckets
 
     @torch.no_grad()
@@ -95,15 +121,20 @@ class BucketStore:
         """Move a parameter's state into the bucket's flat buffers; start it if it has none."""
         old = self._optimizer.state[p]
         group = self._optimizer.param_groups[bucket.param_groups[index]]
-        start = {"mean": p.detach(), "momentum": 0.0, "hess": float(group["hess_init"])}
+        start: dict[str, Any] = {
+            "mean": bucket.params[index].detach(),
+            "momentum": 0.0,
+            "hess": float(group["hess_init"]),
+        }
         new = {}
         for name in STATE_KEYS:
-            new[name] = bucket.view(getattr(bucket, name), index)
-            value = old.get(name, start[name])
+            view = bucket.view(getattr(bucket, name), index)
+            value = part_like(p, old[name]) if name in old else start[name]
             if isinstance(value, Tensor):
-                new[name].copy_(value)
+                view.copy_(value)
             else:
-                new[name].fill_(value)
+                view.fill_(value)
+            new[name] = shard_like(p, view)
         self._optimizer.state[p] = new
 
     def counters(self) -> tuple[int, int, int]:
@@ -172,7 +203,10 @@ def dense_grads(bucket: ParamBucket) -> DenseGrads:
     Raises:
         RuntimeError: a gradient is sparse.
     """
-    return DenseGrads(map(_grad, bucket.params))
+    if bucket.owners is bucket.params:
+        return DenseGrads(map(_grad, bucket.params))
+    parts = [None if p.grad is None else part_like(p, p.grad) for p in bucket.owners]
+    return DenseGrads(parts)
 
 
 _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
@@ -197,8 +231,14 @@ def check_group(group: dict[str, Any]) -> None:
             raise ValueError(f"{name} must be {range_text}, got {group[name]!r}")
 
 
-def check_saved_state(param_groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> None:
+def check_saved_state(
+    param_groups: list[dict[str, Any]], state_dict: dict[str, Any]
+) -> list[tuple[Tensor, dict[str, Tensor]]]:
     """Check a saved state against the parameters before anything is changed.
+
+    Returns:
+        Each parameter that has a saved state, and that state. (Parameters go by their order: torch's
+        distributed checkpoints call them by name, ``state_dict()`` by number.)
 
     Raises:
         ValueError: naming what does not fit.
@@ -207,13 +247,16 @@ def check_saved_state(param_groups: list[dict[str, Any]], state_dict: dict[str, 
     saved = [len(g["params"]) for g in state_dict["param_groups"]]
     if sizes != saved:
         raise ValueError(f"state_dict has parameter groups of sizes {saved}, this optimizer has {sizes}")
+    saved_names = [name for group in state_dict["param_groups"] for name in group["params"]]
     params = [p for group in param_groups for p in group["params"]]
-    for index, values in state_dict["state"].items():
+    by_name = dict(zip(saved_names, params, strict=True))
+    for name, values in state_dict["state"].items():
         for key in STATE_KEYS:
             if key not in values:
-                raise ValueError(f"state_dict of parameter {index} has no {key!r}: it is not from IVON")
-            if values[key].shape != params[index].shape:
+                raise ValueError(f"state_dict of parameter {name} has no {key!r}: it is not from IVON")
+            if values[key].shape != by_name[name].shape:
                 raise ValueError(
-                    f"state_dict: {key!r} of parameter {index} has shape {tuple(values[key].shape)}, "
-                    f"the parameter has {tuple(params[index].shape)}"
+                    f"state_dict: {key!r} of parameter {name} has shape {tuple(values[key].shape)}, "
+                    f"the parameter has {tuple(by_name[name].shape)}"
                 )
+    return [(by_name[name], values) for name, values in state_dict["state"].items()]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from bayeslora._backend import ivon_kernels
+from bayeslora.ivon_distributed import part_like, shard_of
 from bayeslora.kernels.param_bucket import HYPER_WIDTH, ParamBucket, state_dtype
 
 if TYPE_CHECKING:
@@ -30,8 +31,8 @@ class GaussianParameter:
     """One tensor of the posterior.
 
     Args:
-        parameter: the model's tensor, of any floating dtype and device.
-        mean: m, in the parameter's shape, fp32 (fp64 for fp64 parameters).
+        parameter: the model's tensor, of any floating dtype and device; a DTensor where it is sharded.
+        mean: m, in the parameter's shape (gathered from all shards), fp32 (fp64 for fp64 parameters).
         hess: h, as ``mean``; infinite where the element is pruned (its variance is then zero).
         stream: index of the tensor's noise stream.
         ess: λ of its parameter group.
@@ -183,17 +184,19 @@ class Posterior:
             members.setdefault((p.device, state_dtype(p.dtype)), []).append(g)
         buckets = []
         for gaussians in members.values():
+            shards = [shard_of(g.parameter) for g in gaussians]
             bucket = ParamBucket(
-                [g.parameter for g in gaussians],
+                [shard.local for shard in shards],
                 [g.stream for g in gaussians],
                 [groups.index((g.ess, g.weight_decay)) for g in gaussians],
+                [shard.offset for shard in shards],
                 with_momentum=False,
                 num_groups=len(groups),
             )
             bucket.hess.fill_(1.0)
             for i, g in enumerate(gaussians):
-                bucket.view(bucket.mean, i).copy_(g.mean)
-                bucket.view(bucket.hess, i).copy_(g.hess)
+                bucket.view(bucket.mean, i).copy_(part_like(g.parameter, g.mean))
+                bucket.view(bucket.hess, i).copy_(part_like(g.parameter, g.hess))
             buckets.append(bucket)
         return buckets
 
@@ -269,7 +272,8 @@ class Posterior:
                 hess[chosen] = math.inf
                 pruned = torch.isinf(g.hess)
                 g.mean.masked_fill_(pruned, 0.0)
-                g.parameter.masked_fill_(pruned.to(g.parameter.device), 0.0)
+                local = shard_of(g.parameter).local
+                local.masked_fill_(part_like(g.parameter, pruned).to(local.device), 0.0)
             total += int(torch.isinf(hess).sum())
         self.pruned.append(ratio)
         self._buckets = None

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from bayeslora.ivon_distributed import is_sharded, whole
 from bayeslora.kernels.param_bucket import state_dtype
 from bayeslora.posterior import GaussianParameter, Posterior
 
@@ -41,10 +43,13 @@ def save_posterior(posterior: Posterior, path: str | PathLike[str]) -> None:
             "name its module in LoraConfig(modules_to_save=[...]) or freeze it"
         )
     means = {name: g.mean.float() for name, g in posterior.parameters.items()}
+    state = model.state_dict()
+    sharded = any(map(is_sharded, state.values()))
+    state = {name: whole(value) if name in keys else value for name, value in state.items()}
+    if sharded and dist.get_rank() != 0:
+        return
     folder = Path(path)
-    model.save_pretrained(
-        str(folder), selected_adapters=[adapter], state_dict={**model.state_dict(), **means}
-    )
+    model.save_pretrained(str(folder), selected_adapters=[adapter], state_dict={**state, **means})
     if adapter != "default":
         folder = folder / adapter
     hess = {keys[name]: g.hess.float().contiguous().cpu() for name, g in posterior.parameters.items()}

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from bayeslora.ivon_distributed import is_sharded
 from bayeslora.posterior import Posterior, find_ivon
 
 
@@ -49,8 +50,8 @@ class PosteriorCallback(TrainerCallback):
     ) -> None:
         """Write the posterior into the checkpoint that Trainer has just written."""
         model: nn.Module = kwargs["model"]
-        posterior = Posterior.from_optimizer(model, kwargs["optimizer"])  # on every rank: shards are gathered
-        if args.should_save:
+        posterior = Posterior.from_optimizer(model, kwargs["optimizer"])
+        if args.should_save or any(map(is_sharded, model.parameters())):  # gathering takes every rank
             folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             posterior.save_pretrained(folder)
 

@@ -113,6 +113,7 @@ class ParamBucket:
         num_groups: int = 1,
     ) -> None:
         self.params = list(params)
+        self.owners = self.params  # whose gradients belong to them: DTensors, where these are local shards
         self.streams = list(streams)
         self.param_groups = list(param_groups)
         self.element_offsets = list(element_offsets or [0] * len(self.params))
@@ -122,8 +123,7 @@ class ParamBucket:
         self.mean = self._zeros(self.size)
         self.hess = self._zeros(self.size)
         self.momentum = self._zeros(self.size) if with_momentum else None
-        self.avg_grad: Tensor | None = None
-        self.avg_curvature: Tensor | None = None
+        self._averages: tuple[Tensor, Tensor, Tensor] | None = None
         self.control = torch.zeros(CONTROL_WIDTH, dtype=torch.int64, device=self.device)
         self.beta1_power = torch.ones(num_groups, dtype=torch.float64, device=self.device)
         self.hyper = torch.zeros(num_groups, HYPER_WIDTH, dtype=torch.float64, device=self.device)
@@ -182,9 +182,16 @@ class ParamBucket:
 
     def averages(self) -> tuple[Tensor, Tensor]:
         """Return the running means of gradient and curvature over Monte Carlo samples, made on first use."""
-        if self.avg_grad is None or self.avg_curvature is None:
-            self.avg_grad, self.avg_curvature = self._zeros(self.size), self._zeros(self.size)
-        return self.avg_grad, self.avg_curvature
+        if self._averages is None:
+            flat = self._zeros(2 * self.size)
+            self._averages = flat[: self.size], flat[self.size :], flat
+        return self._averages[:2]
+
+    def averages_flat(self) -> Tensor:
+        """Return both running means as one tensor, ``[2 * size]``: gradient, then curvature."""
+        self.averages()
+        assert self._averages is not None
+        return self._averages[2]
 
     @cached_property
     def noise_counters(self) -> tuple[Tensor, Tensor]:
