@@ -151,9 +151,9 @@ def backward(
         dropout_p: of the forward.
     """
     flat_dys = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys]
-    whole = _backward_by_kernels(flat_dys, saved, needs, adapter_dtypes, scaling)
-    if whole is not None:
-        return whole
+    complete = needs.x and saved.seed is None and not (False in needs.a or False in needs.b)
+    if complete and all(dy is not None for dy in flat_dys):
+        return _all_gradients(flat_dys, saved, adapter_dtypes, scaling)  # type: ignore[arg-type]
     used = [i for i, dy in enumerate(flat_dys) if dy is not None]
     wants_a = any(needs.a[i] for i in used)
     da: list[Tensor | None] = [None] * len(dys)
@@ -181,31 +181,43 @@ def backward(
     return dx, da, db
 
 
-def _backward_by_kernels(
-    flat_dys: Sequence[Tensor | None],
+def _all_gradients(
+    flat_dys: Sequence[Tensor],
     saved: Saved,
-    needs: Needs,
     adapter_dtypes: Sequence[tuple[torch.dtype, torch.dtype]],
     scaling: float,
-) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]] | None:
-    """Return all gradients by the project's own kernels, or None where those are not the measured choice."""
-    dtypes = {dtype for pair in adapter_dtypes for dtype in pair}
-    complete = needs.x and all(needs.a) and all(needs.b) and len(dtypes) == 1
-    if not complete or saved.seed is not None or any(dy is None for dy in flat_dys):
-        return None
-    assert saved.flat is not None and saved.hidden is not None and saved.lora_a is not None
-    flat, lora_a = saved.flat, saved.lora_a
-    route = kernel_route("backward", flat, saved.weights, lora_a.shape[0])
-    if route is None:
-        return None
-    from .kernels.lora_layer import lora_backward
+) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
+    """Return the gradients of x and of every A and B where there is no dropout: training's usual call."""
+    flat, hidden, _, lora_a, lora_bs, weights = saved
+    assert flat is not None and hidden is not None and lora_a is not None
+    a_dtype, b_dtype = adapter_dtypes[0]
+    one_dtype = all(pair == (a_dtype, b_dtype) for pair in adapter_dtypes[1:])
+    if one_dtype and a_dtype == b_dtype:
+        route = kernel_route("backward", flat, weights, lora_a.shape[0])
+        if route is not None:
+            from .kernels.lora_layer import lora_backward
 
-    dys = [dy for dy in flat_dys if dy is not None]
-    weights = [cast(weight, flat.dtype) for weight in saved.weights]
-    dx, da, dbs = lora_backward(
-        dys, flat, weights, saved.hidden, lora_a, saved.lora_bs, scaling, dtypes.pop(), route=route
-    )
-    return dx, list(da.split_with_sizes([b.shape[1] for b in saved.lora_bs])), list(dbs)
+            cast_weights = [cast(weight, flat.dtype) for weight in weights]
+            dx, stacked, dbs = lora_backward(
+                flat_dys, flat, cast_weights, hidden, lora_a, lora_bs, scaling, a_dtype, route=route
+            )
+            return dx, [*_rows_of(stacked, lora_bs)], [*dbs]
+    dh = _hidden_gradients(flat_dys, lora_bs, scaling)
+    columns = zip(flat_dys, _columns(hidden, lora_bs), adapter_dtypes, strict=True)
+    db: list[Tensor | None] = [tall_product(dy, part, dtype) for dy, part, (_, dtype) in columns]
+    # A product over A's of two dtypes is made in the wider one and rounded from there.
+    widest = a_dtype if one_dtype else max((a for a, _ in adapter_dtypes), key=lambda dtype: dtype.itemsize)
+    da_rows = _rows_of(tall_product(dh, flat, widest), lora_bs)
+    da: list[Tensor | None] = [cast(part, a) for part, (a, _) in zip(da_rows, adapter_dtypes, strict=True)]
+    dx = input_gradient(flat_dys, [cast(weight, dh.dtype) for weight in weights], (dh, lora_a))
+    return dx, da, db
+
+
+def _rows_of(stacked: Tensor, lora_bs: Sequence[Tensor]) -> list[Tensor]:
+    """Return each layer's rows of ``(R, K)``."""
+    if len(lora_bs) == 1:
+        return [stacked]
+    return list(stacked.split_with_sizes([lora_b.shape[1] for lora_b in lora_bs]))
 
 
 def _hidden_gradients(flat_dys: Sequence[Tensor | None], lora_bs: Sequence[Tensor], scaling: float) -> Tensor:
@@ -238,12 +250,28 @@ def _a_gradients(
     dtypes = {a for (a, _), want in zip(adapter_dtypes, wanted, strict=True) if want}
     # A product over A's of two dtypes is made in the wider one and rounded from there.
     product = tall_product(dh, dropped, max(dtypes, key=lambda dtype: dtype.itemsize))
-    parts: Sequence[Tensor] = (product,)
-    if len(wanted) > 1:
-        parts = product.split_with_sizes([lora_b.shape[1] for lora_b in saved.lora_bs])
+    parts = _rows_of(product, saved.lora_bs)
     return [
         cast(part, a) if want else None
         for part, (a, _), want in zip(parts, adapter_dtypes, wanted, strict=True)
+    ]
+
+
+def _needed(
+    result: Forward, layers: Sequence[LoraWeights], seed: Tensor | None, needs: Needs
+) -> list[Tensor | None]:
+    """Return what backward reads where not every gradient is wanted, and what autograd is to watch."""
+    needs_a = True in needs.a
+    nothing = [None] * len(layers)
+    return [
+        result.flat if needs_a else None,
+        result.hidden if True in needs.b else None,
+        seed,
+        result.lora_a if needs.x else None,
+        *(result.lora_bs if needs.x or needs_a else nothing),
+        *([layer.weight for layer in layers] if needs.x else nothing),
+        *([layer.lora_a for layer in layers] if needs.x else nothing),
+        *([layer.lora_b for layer in layers] if needs.x or needs_a else nothing),
     ]
 
 
@@ -265,18 +293,14 @@ class LoRALinearFunction(torch.autograd.Function):
         result = forward(x, layers, scaling, dropout_p, seed, dtype)
         wanted = ctx.needs_input_grad
         needs = Needs(wanted[0], wanted[7::4], wanted[8::4])
-        needs_a = True in needs.a
-        ctx.save_for_backward(
-            result.flat if needs_a else None,
-            result.hidden if True in needs.b else None,
-            seed,
-            result.lora_a if needs.x else None,
-            *(result.lora_bs if needs.x or needs_a else [None] * len(layers)),
-            *(layer.weight if needs.x else None for layer in layers),
-            # Only for autograd to see them change in place: what backward reads may be a copy.
-            *(layer.lora_a if needs.x else None for layer in layers),
-            *(layer.lora_b if needs.x or needs_a else None for layer in layers),
-        )
+        if False in needs.a or False in needs.b or not needs.x:
+            saved = _needed(result, layers, seed, needs)
+        else:
+            saved = [result.flat, result.hidden, seed, result.lora_a, *result.lora_bs, *tensors[0::4]]
+            if result.lora_a is not layers[0].lora_a or len(layers) > 1:
+                # Only for autograd to see them change in place: what backward reads may be a copy.
+                saved += [*tensors[2::4], *tensors[3::4]]
+        ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
         ctx.needs, ctx.scaling, ctx.dropout_p = needs, scaling, dropout_p
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
@@ -419,7 +443,8 @@ def apply_layers(
         return tuple(compiled_lora_linear(x, layer, scaling, dropout_p, seed, dtype) for layer in layers)
     if torch.is_grad_enabled():
         tensors = [tensor for layer in layers for tensor in layer]
-        return _apply(x, scaling, dropout_p, seed, dtype, *tensors)
+        call = LoRALinearFunction.apply if torch._C._are_functorch_transforms_active() else _apply
+        return call(x, scaling, dropout_p, seed, dtype, *tensors)
     return forward(x, layers, scaling, dropout_p, seed, dtype).outputs
 
 

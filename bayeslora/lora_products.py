@@ -95,7 +95,7 @@ def tall_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def input_gradient(
-    dys: list[Tensor], weights: list[Tensor], lora: tuple[Tensor, Tensor] | None = None
+    dys: Sequence[Tensor], weights: Sequence[Tensor], lora: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
     """Return ``Σ dyᵢ Wᵢ + dh A``, ``(M, K)``, each sum in the epilogue of a product.
 

@@ -1,6 +1,6 @@
 """A whole training step, forward and backward, of a random-weight Llama under PEFT and under bayeslora.
 
-    python bench/bench_model_step.py [--out FILE] [--profile FILE]     interleaved rounds, JSON, a table
+    python bench/bench_model_step.py [--out FILE] [--shape NAME] ...   interleaved rounds, JSON, a table
     pytest bench/bench_model_step.py                                   the same rows under pytest-benchmark
 
 Rows: the frozen base alone (the embeddings' output requires a gradient, as in every other row, so that
@@ -29,7 +29,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bayeslora import patch
+from bayeslora import lora_products, patch
 from bayeslora.lora_group import remove_groups
 
 CUDA = torch.cuda.is_available()
@@ -43,6 +43,15 @@ LLAMA_3B = {
     "intermediate_size": 8192,
     "vocab_size": 128256,
 }
+LLAMA_8B = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 14336,
+    "vocab_size": 128256,
+}
 TOY = {
     "hidden_size": 64,
     "num_hidden_layers": 2,
@@ -51,11 +60,16 @@ TOY = {
     "intermediate_size": 96,
     "vocab_size": 128,
 }
+SHAPES = {"Llama-3.2-3B": LLAMA_3B, "Llama-3-8B": LLAMA_8B} if CUDA else {"toy": TOY}
 SHAPE = LLAMA_3B if CUDA else TOY
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-ADAPTERS = {"all-linear r16": (16, ALL_LINEAR), "q,v r8": (8, ["q_proj", "v_proj"])}
+ADAPTERS = {
+    "all-linear r16": (16, ALL_LINEAR),
+    "q,v r8": (8, ["q_proj", "v_proj"]),
+    "all-linear r64": (64, ALL_LINEAR),
+}
 TOKENS = [(8, 256), (8, 512)] if CUDA else [(2, 16)]
-GRAPH_TOKENS = [(8, 256)]
+GRAPH_TOKENS = [(8, 256), (8, 512)]
 VARIANTS = ("base", "PEFT bf16", "PEFT fp32", "patched bf16", "patched fp32")
 if not CUDA:
     torch.set_num_threads(1)
@@ -64,13 +78,13 @@ ROUNDS = 5 if CUDA else 2
 CHECK_FACTOR = 1.5
 
 
-def build_base() -> nn.Module:
+def build_base(shape: dict[str, int] = SHAPE) -> nn.Module:
     """A frozen bf16 model with random weights, made on the device it runs on."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(DEVICE):
-            config = LlamaConfig(**SHAPE, tie_word_embeddings=True, attn_implementation="sdpa")
+            config = LlamaConfig(**shape, tie_word_embeddings=True, attn_implementation="sdpa")
             model = LlamaForCausalLM(config)
     finally:
         torch.set_default_dtype(torch.float32)
@@ -257,14 +271,16 @@ def _describe(row: Row, seconds: list[float], adapters: str, tokens: tuple[int, 
     }
 
 
-def measure(adapters: str, tokens: tuple[int, int], variants: dict[str, nn.Module]) -> Iterator[dict]:
+def measure(
+    adapters: str, tokens: tuple[int, int], variants: dict[str, nn.Module], rounds: int = ROUNDS
+) -> Iterator[dict]:
     """Yield the results of every variant, eager and where it is asked for as CUDA graphs."""
     rows = [Row(name, model, _input_tokens(*tokens)) for name, model in variants.items()]
     check(rows)
     for row in rows:
         row.measure_peak()
         row.run()
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for row in rows:
             row.seconds.append(row.run())
     yield from (_describe(row, row.seconds, adapters, tokens, "eager") for row in rows)
@@ -275,7 +291,7 @@ def measure(adapters: str, tokens: tuple[int, int], variants: dict[str, nn.Modul
         graphs = [GraphStep(row, pool, stream) for row in rows]
         check_graphs(rows, graphs)
         seconds: list[list[float]] = [[] for _ in rows]
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             for graph, times in zip(graphs, seconds, strict=True):
                 times.append(graph.run())
         yield from (
@@ -318,22 +334,32 @@ def main() -> None:
     default = Path(__file__).parent / "results" / f"model_step_{device.replace(' ', '_').lower()}.json"
     parser.add_argument("--out", type=Path, default=default, help="where the JSON goes")
     parser.add_argument("--profile", type=Path, help="also profile a step of each variant into this file")
+    parser.add_argument("--kernel-rows", type=int, help="take the measured routes from this many rows on")
+    parser.add_argument("--adapters", nargs="+", default=list(ADAPTERS), choices=ADAPTERS)
+    parser.add_argument("--shape", default=next(iter(SHAPES)), choices=SHAPES)
+    parser.add_argument("--tokens", nargs="+", default=[f"{b}x{n}" for b, n in TOKENS], help="such as 8x512")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--no-host", action="store_true", help="leave out the host's cost of a layer")
     arguments = parser.parse_args()
+    if arguments.kernel_rows is not None:
+        lora_products._KERNEL_ROWS = arguments.kernel_rows
+    tokens_asked = [tuple(int(part) for part in text.split("x")) for text in arguments.tokens]
     document = {
         "device": device,
         "versions": {name: version(name) for name in ("torch", "triton", "transformers", "peft")},
-        "model": SHAPE,
+        "model": arguments.shape,
+        "kernel_rows": lora_products._KERNEL_ROWS,
         "note": "" if CUDA else "no GPU: toy sizes, which measure nothing",
-        "host": host_costs(build_host_variants, DEVICE),
+        "host": [] if arguments.no_host else host_costs(build_host_variants, DEVICE),
         "results": [],
     }
     print(f"{device}{'' if CUDA else ': no GPU, toy sizes, which measure nothing'}")
     print_host_costs(document["host"])
-    base = build_base()
-    for adapters in ADAPTERS:
+    base = build_base(SHAPES[arguments.shape])
+    for adapters in arguments.adapters:
         variants = build_variants(base, adapters)
-        for tokens in TOKENS:
-            results = list(measure(adapters, tokens, variants))
+        for tokens in tokens_asked:
+            results = list(measure(adapters, tokens, variants, arguments.rounds))
             print_table(results)
             document["results"] += results
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
