@@ -130,23 +130,25 @@ class TrainerLoss:
 
     def __init__(self, lora_model: Any) -> None:
         self._lora_model = lora_model
+        self._banks = _banks(lora_model)
+        self._layers = [m for m in lora_model.modules() if hasattr(m, "lora_monteclora_sampler")]
 
     def __call__(self, adapter_names: str | list[str] | None = None) -> Tensor | float:
         """Return the loss of the named adapters (None: the active ones), averaged over their layers."""
-        model = self._lora_model
-        names = model.active_adapters if adapter_names is None else adapter_names
-        wanted = {names} if isinstance(names, str) else set(names)
+        names = self._lora_model.active_adapters if adapter_names is None else adapter_names
+        wanted = [names] if isinstance(names, str) else list(names)
         total: Tensor | float = 0.0
         count = 0
-        for bank in _banks(model):
+        for bank in self._banks:
             if bank.adapter in wanted:
                 total = total + _bank_loss(bank) * len(bank.layers) * _world_size(bank)
                 count += len(bank.layers)
-        for layer in model.modules():
-            samplers = getattr(layer, "lora_monteclora_sampler", {})
-            for adapter in wanted & set(samplers.keys()) - set(layer.__dict__.get("_monteclora", ())):
-                kl, entropy = samplers[adapter].get_variational_loss()
-                total, count = total + kl + entropy, count + 1
+        for layer in self._layers:
+            samplers, served = layer.lora_monteclora_sampler, layer.__dict__.get("_monteclora", ())
+            for adapter in wanted:
+                if adapter not in served and adapter in samplers:
+                    kl, entropy = samplers[adapter].get_variational_loss()
+                    total, count = total + kl + entropy, count + 1
         return total / count if count else 0.0
 
 

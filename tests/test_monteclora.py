@@ -337,6 +337,12 @@ def test_moving_and_casting_rebuilds_the_tables():
     assert bank_of(model).parts[0].counter.item() == 2
 
 
+def test_pefts_sampler_cannot_be_bf16():
+    model = peft_model().to(torch.bfloat16)
+    with pytest.raises(RuntimeError, match="same dtype"):
+        model(**BATCH)
+
+
 # ---- memory ------------------------------------------------------------------------------------
 
 
