@@ -203,17 +203,31 @@ def _held_adapters(layer: LoraLayer) -> set[str]:
     return {*layer.lora_A.keys(), *layer.lora_embedding_A.keys()}
 
 
+def _fused_kind(kind: type) -> type | None:
+    """Return the class that `patch` gives a layer of class ``kind``, or None for one that it leaves."""
+    if kind in (PeftLoraLinear, FusedLoraLinear):
+        return FusedLoraLinear
+    if kind.__module__ in ("peft.tuners.lora.bnb", "bayeslora.lora_quantized"):
+        from .lora_quantized import FUSED_KINDS
+
+        return kind if kind in FUSED_KINDS.values() else FUSED_KINDS.get(kind)
+    return None
+
+
 def _reason_to_leave(layer: LoraLayer, adapter_name: str | None) -> str | None:
     """Return why `patch` leaves ``layer`` to PEFT, or None if it swaps its class."""
     kind = type(layer)
-    if kind not in (PeftLoraLinear, FusedLoraLinear):
+    if _fused_kind(kind) is None:
         if kind.__module__.rpartition(".")[2] in _QUANTIZED_MODULES:
             return f"quantized base ({type(layer.get_base_layer()).__name__})"
         return kind.__name__
     if "forward" in layer.__dict__:
         return "an own forward on the layer"
     adapters = _active_adapters(layer) if adapter_name is None else [adapter_name]
-    reasons = [_unsupported(layer, name) for name in adapters if name in layer.lora_A]
+    unsupported = _unsupported
+    if kind not in (PeftLoraLinear, FusedLoraLinear):
+        from .lora_quantized import unsupported
+    reasons = [unsupported(layer, name) for name in adapters if name in layer.lora_A]
     if not reasons:
         return "no such adapter in the layer"
     return None if None in reasons else reasons[0]
@@ -244,9 +258,10 @@ def patch(model: _Model, adapter_name: str | None = None) -> _Model:
 
     A layer uses PEFT's own forward whenever the call is one that the fused forward does not cover: merged
     or disabled adapters, several active adapters, ``adapter_names`` batches, DoRA and other variants, a
-    bias in the adapter, hooks on the layer's submodules, a trainable or quantized base layer. Logs one
-    line, at INFO to the logger "bayeslora", that says how many layers were patched and how many were left
-    and why.
+    bias in the adapter, hooks on the layer's submodules, a trainable base layer. Of a quantized base layer
+    PEFT's forward is kept too, but for bitsandbytes', where the base product stays theirs and the LoRA part
+    is fused (``lora_quantized.py``). Logs one line, at INFO to the logger "bayeslora", that says how many
+    layers were patched and how many were left and why.
 
     Args:
         model: a model with LoRA layers: a ``PeftModel``, or any module that contains some.
@@ -275,7 +290,7 @@ def patch(model: _Model, adapter_name: str | None = None) -> _Model:
     for layer in layers:
         reason = _reason_to_leave(layer, adapter_name)
         if reason is None:
-            layer.__class__ = FusedLoraLinear
+            layer.__class__ = _fused_kind(type(layer))  # type: ignore[assignment]
         else:
             left[reason] += 1
     add_groups(model, FusedLoraLinear)
@@ -294,4 +309,6 @@ def unpatch(model: _Model) -> _Model:
     for module in model.modules():
         if type(module) is FusedLoraLinear:
             module.__class__ = PeftLoraLinear  # type: ignore[assignment]
+        elif type(module).__module__ == "bayeslora.lora_quantized":
+            module.__class__ = type(module).__bases__[-1]  # type: ignore[assignment]
     return model

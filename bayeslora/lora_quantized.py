@@ -1,0 +1,176 @@
+"""LoRA on a bitsandbytes base, 8-bit or 4-bit: the base product is theirs, the LoRA part ours.
+
+Equation, with base = W_q x + bias as bitsandbytes computes it, x viewed as ``(M, K)``, A ``(r, K)``,
+B ``(N, r)``, d = drop(x)::
+
+    h  = s d Aᵀ                    y  = base + h Bᵀ
+    dh = s dy B                    dx = drop'(dh A)  (the base's own part is added by autograd)
+    dA = dhᵀ d                     dB = dyᵀ h        d base = dy
+
+Two products forward, the second with the sum in its epilogue, and four backward, in the dtype of the base's
+output (autocast's under autocast); PEFT computes in the adapter's dtype, fp32 as a rule, and casts, scales and
+adds in passes of their own. Imports peft's bitsandbytes classes: only loaded for models that have some.
+"""
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import bnb
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .lora_products import cast, dropout_ops, scaled_product, tall_product
+from .patching import _VARIANT_NAMES, _active_adapters, _unsupported_adapter
+
+_SEED_RANGE = 2**63 - 1
+_unsafe_view = torch.ops.aten._unsafe_view.default
+
+
+class LoRAAddFunction(torch.autograd.Function):
+    """``base + s drop(x) Aᵀ Bᵀ`` and its gradients; see the module's docstring."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        base: Tensor,
+        x: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scaling: float,
+        dropout_p: float,
+        seed: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Return y ``(..., N)`` in ``base``'s dtype; ``dtype`` is the one the LoRA part is computed in."""
+        flat = cast(x, dtype).reshape(-1, x.shape[-1])
+        a, b = cast(lora_a, dtype), cast(lora_b, dtype)
+        hidden = scaled_product(_dropped(flat, dropout_p, seed), a.t(), scaling)
+        flat_base = base.reshape(-1, base.shape[-1])
+        if base.dtype == dtype:
+            y = torch.addmm(flat_base, hidden, b.t())
+        else:
+            y = flat_base + torch.mm(hidden, b.t()).to(base.dtype)
+        _, needs_x, needs_a, needs_b, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(
+            flat if needs_a else None,
+            hidden if needs_b else None,
+            seed,
+            a if needs_x else None,
+            b if needs_x or needs_a else None,
+        )
+        ctx.scaling, ctx.dropout_p, ctx.dtype = scaling, dropout_p, dtype
+        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+        ctx.adapter_dtypes = lora_a.dtype, lora_b.dtype
+        return _unsafe_view(y, base.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Return the gradients of base, x, A and B."""
+        with torch.autocast(dy.device.type, enabled=False):
+            return dy, *_gradients(ctx, dy), None, None, None, None
+
+
+def _dropped(flat: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+    return flat if seed is None else dropout_ops(flat).dropout(flat, dropout_p, seed)
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    flat, hidden, seed, a, b = ctx.saved_tensors
+    _, needs_x, needs_a, needs_b, *_ = ctx.needs_input_grad
+    flat_dy = cast(dy, ctx.dtype).reshape(-1, dy.shape[-1])
+    dx = da = db = None
+    if needs_b:
+        db = tall_product(flat_dy, hidden, ctx.adapter_dtypes[1])
+    if needs_x or needs_a:
+        dh = scaled_product(flat_dy, b, ctx.scaling)
+        if needs_a:
+            da = tall_product(dh, _dropped(flat, ctx.dropout_p, seed), ctx.adapter_dtypes[0])
+        if needs_x:
+            dx = _dropped(torch.mm(dh, a), ctx.dropout_p, seed)
+            dx = cast(dx, ctx.x_dtype).view(ctx.x_shape)
+    return dx, da, db
+
+
+def add_lora(
+    base: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, dropout_p: float
+) -> Tensor:
+    """Return ``base + scaling · drop(x) Aᵀ Bᵀ``, differentiable once in all four tensors.
+
+    Args:
+        base: ``(..., N)``, any floating dtype; the result has it.
+        x: ``(..., K)``, any floating dtype.
+        lora_a: ``(r, K)``, any floating dtype.
+        lora_b: ``(N, r)``, likewise.
+        scaling: the factor of the LoRA term.
+        dropout_p: probability of dropping an element of the LoRA term's input, in [0, 1); the mask's seed
+            comes from the device's own generator.
+    """
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else base.dtype
+    seed = None if dropout_p == 0.0 else torch.randint(_SEED_RANGE, (), device=x.device)
+    return LoRAAddFunction.apply(base, x, lora_a, lora_b, scaling, dropout_p, seed, dtype)
+
+
+def unsupported(layer: Any, adapter: str) -> str | None:
+    """Return why the LoRA part of ``layer`` with ``adapter`` cannot be fused, or None if it can."""
+    if adapter in layer.lora_variant:
+        name = type(layer.lora_variant[adapter]).__name__
+        return _VARIANT_NAMES.get(name, name.removesuffix("LinearVariant"))
+    if type(layer.scaling[adapter]) not in (float, int):
+        return "scaling that is not a number"
+    modules = layer._modules
+    return _unsupported_adapter(
+        modules["lora_A"]._modules[adapter],
+        modules["lora_B"]._modules[adapter],
+        modules["lora_dropout"]._modules[adapter],
+    )
+
+
+def _forward(layer: Any, x: Tensor) -> Tensor | None:
+    """Return the layer's output, or None where PEFT's own forward is to serve the call."""
+    if layer._disable_adapters or layer.merged_adapters or torch.compiler.is_compiling():
+        return None
+    adapters = _active_adapters(layer)
+    if len(adapters) != 1 or unsupported(layer, adapters[0]) is not None:
+        return None
+    if torch._C._are_functorch_transforms_active() or x.dim() == 0 or x.shape[-1] != layer.in_features:
+        return None
+    modules = layer._modules
+    dropout = modules["lora_dropout"]._modules[adapters[0]]
+    p = dropout.p if isinstance(dropout, torch.nn.Dropout) and dropout.training else 0.0
+    return add_lora(
+        modules["base_layer"](x),
+        x,
+        modules["lora_A"]._modules[adapters[0]]._parameters["weight"],
+        modules["lora_B"]._modules[adapters[0]]._parameters["weight"],
+        layer.scaling[adapters[0]],
+        p,
+    )
+
+
+class _FusedForward:
+    """The forward of both kinds; not constructed, `patch` assigns the class of an existing layer."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Apply the layer; arguments and result are those of PEFT's own forward."""
+        y = None if args or kwargs else _forward(self, x)
+        return super().forward(x, *args, **kwargs) if y is None else y  # type: ignore[misc]
+
+
+FUSED_KINDS: dict[type, type] = {}
+"""The fused class of each of PEFT's bitsandbytes LoRA classes that this installation has."""
+
+if hasattr(bnb, "Linear8bitLt"):
+
+    class FusedLora8bit(_FusedForward, bnb.Linear8bitLt):
+        """PEFT's LoRA layer on an int8 base with a fused LoRA part."""
+
+    FUSED_KINDS[bnb.Linear8bitLt] = FusedLora8bit
+
+if hasattr(bnb, "Linear4bit"):
+
+    class FusedLora4bit(_FusedForward, bnb.Linear4bit):
+        """PEFT's LoRA layer on a 4-bit base (nf4, fp4) with a fused LoRA part."""
+
+    FUSED_KINDS[bnb.Linear4bit] = FusedLora4bit
