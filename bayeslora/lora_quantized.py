@@ -7,9 +7,10 @@ B ``(N, r)``, d = drop(x)::
     dh = s dy B                    dx = drop'(dh A)  (the base's own part is added by autograd)
     dA = dhᵀ d                     dB = dyᵀ h        d base = dy
 
-Two products forward, the second with the sum in its epilogue, and four backward, in the dtype of the base's
-output (autocast's under autocast); PEFT computes in the adapter's dtype, fp32 as a rule, and casts, scales and
-adds in passes of their own. Imports peft's bitsandbytes classes: only loaded for models that have some.
+Two products forward, the second with the sum in its epilogue, and four backward, in the dtype of the
+base's output (autocast's under autocast); PEFT computes in the adapter's dtype, fp32 as a rule, and casts,
+scales and adds in passes of their own. Imports peft's bitsandbytes classes: only loaded for models that have
+some.
 """
 
 from typing import Any
