@@ -11,6 +11,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "IVON",
+    "CapturedTrainer",
+    "CapturedTrainerMixin",
     "LightningCallback",
     "Posterior",
     "PosteriorCallback",
@@ -26,6 +28,8 @@ __all__ = [
 
 _HOME = {
     "IVON": "ivon",
+    "CapturedTrainer": "trainer_capture",
+    "CapturedTrainerMixin": "trainer_capture",
     "LightningCallback": "lightning_callback",
     "Posterior": "posterior",
     "PosteriorCallback": "trainer_callback",
@@ -47,6 +51,7 @@ if TYPE_CHECKING:
     from .patching import patch, unpatch
     from .posterior import Posterior
     from .trainer_callback import PosteriorCallback
+    from .trainer_capture import CapturedTrainer, CapturedTrainerMixin
 
 
 def __getattr__(name: str) -> Any:
