@@ -95,6 +95,27 @@ class Posterior:
         return cls(model, parameters)
 
     @classmethod
+    def from_monteclora(cls, model: nn.Module, adapter_name: str | None = None) -> Posterior:
+        """Return the posterior of a MonteCLoRA adapter: what its training draws the matrices from.
+
+        It samples, predicts, prunes, saves and loads as IVON's does.
+
+        Args:
+            model: a patched model with MonteCLoRA layers.
+            adapter_name: the adapter; None for the active one.
+
+        Raises:
+            ValueError: the model has no such layers, or several adapters are active.
+        """
+        from bayeslora.monteclora import _chosen_banks
+        from bayeslora.monteclora_posterior import MontecloraPosterior
+
+        banks = _chosen_banks(model, adapter_name)
+        if len(banks) != 1:
+            raise ValueError(f"one adapter must be active, got {[b.adapter for b in banks]}; name it")
+        return MontecloraPosterior(model, banks[0])
+
+    @classmethod
     def from_pretrained(cls, model: nn.Module, path: str | PathLike[str]) -> Posterior:
         """Load an adapter and its posterior from a folder made by :meth:`save_pretrained`.
 

@@ -77,6 +77,10 @@ def load_posterior(model: nn.Module, path: str | PathLike[str]) -> Posterior:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{str(folder / name)!r} is missing; a posterior's folder has it")
     config = _read_config(folder / POSTERIOR_CONFIG)
+    if config.get("method") == "monteclora":
+        from bayeslora.monteclora_posterior import load_monteclora
+
+        return load_monteclora(model, folder, config)
     mean = _read_tensors(folder / ADAPTER_WEIGHTS)
     hess = _read_tensors(folder / POSTERIOR_WEIGHTS)
     _check_agreement(folder, config, mean, hess)
@@ -184,6 +188,8 @@ def _read_config(file: Path) -> dict[str, Any]:
     for key in ("parameters", "pruned"):
         if key not in config:
             raise ValueError(f"{str(file)!r} has no key {key!r}")
+    if config.get("method") == "monteclora":
+        return config
     for key, entry in config["parameters"].items():
         missing = {"stream", "ess", "weight_decay"} - set(entry)
         if missing:

@@ -1,0 +1,322 @@
+"""MonteCLoRA's posterior: the distribution its training draws the perturbed matrices from.
+
+``A_eff = A + c Σᵢ πᵢ Zᵢ L`` with L_jj² = v_j w_j, w_j ~ χ²(r), π ~ Dirichlet(α): a scale mixture of
+Gaussians around the trained A (or B), of element variance::
+
+    Var A_eff[j, k] = c² E‖π‖² r v_j / M,       E‖π‖² = Σ α (α + 1) / (α₀ (α₀ + 1))      α₀ = Σα
+
+M is the number of outer samples. A sample is named by its seed: the same matrices on every device. The paper
+predicts at the mean; sampling is what it leaves as future work.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from bayeslora import monteclora_math as mm
+from bayeslora._backend import monteclora_kernels
+from bayeslora.monteclora_bank import MontecloraBank, Part
+from bayeslora.posterior import Posterior, _check_variance_scale
+
+_SHAPING = ("estimator", "dirichlet", "perturb", "outer_samples", "sparse")
+_MOMENT_DRAWS = 1024
+
+
+@dataclass
+class _Matrices:
+    """The perturbed matrices of one part, as they were when the posterior was made."""
+
+    part: Part
+    names: list[str]
+    parameters: list[Tensor]
+    means: list[Tensor]
+    std_prior: Tensor
+    prior: Tensor
+    scale: Tensor
+    kept: list[Tensor | None]
+
+
+class MontecloraPosterior(Posterior):
+    """The posterior of a MonteCLoRA adapter; made by `Posterior.from_monteclora`.
+
+    It keeps its own fp32 copies of means and priors, so further training of the model does not change it.
+    ``parameters``, IVON's Gaussians, is empty.
+    """
+
+    def __init__(self, model: nn.Module, bank: MontecloraBank) -> None:
+        super().__init__(model, {})
+        self._bank = bank
+        self._options = bank.options
+        names = {id(p): name for name, p in model.named_parameters()}
+        self._parts = [_copy_part(part, names) for part in bank.parts]
+
+    # ---- samples -------------------------------------------------------------------------------------
+
+    @contextmanager
+    def sample(self, seed: int, variance_scale: float = 1.0) -> Iterator[None]:
+        """Put sample ``seed`` into the perturbed matrices; put back what they held at the end.
+
+        The layers draw no noise of their own meanwhile, also in train mode.
+
+        Args:
+            seed: 64-bit name of the sample.
+            variance_scale: factor on the variance, >= 0 (0: the mean).
+
+        Raises:
+            ValueError: ``variance_scale`` is negative or not finite.
+        """
+        _check_variance_scale(variance_scale)
+        tensors = [p for matrices in self._parts for p in matrices.parameters]
+        before, paused = [p.detach().clone() for p in tensors], self._bank.paused
+        self._bank.paused = True
+        try:
+            for matrices in self._parts:
+                _write(matrices, seed, variance_scale)
+            yield
+        finally:
+            self._bank.paused = paused
+            with torch.no_grad():
+                for p, value in zip(tensors, before, strict=True):
+                    p.copy_(value)
+
+    # ---- moments -------------------------------------------------------------------------------------
+
+    @property
+    def mean(self) -> dict[str, Tensor]:
+        """The mean of each perturbed matrix, by name."""
+        return {n: m for part in self._parts for n, m in zip(part.names, part.means, strict=True)}
+
+    @property
+    def variance(self) -> dict[str, Tensor]:
+        """The variance of each element of each perturbed matrix, by name; 0 where it is pruned."""
+        found = {}
+        for held in self._parts:
+            rows = _row_variance(held)
+            for i, (name, mean) in enumerate(zip(held.names, held.means, strict=True)):
+                site, first = held.part.plan.sites[i], held.part.plan.first_rows[i]
+                by_rank = rows[first : first + site.rows].to(mean.dtype)
+                full = by_rank[None, :] if site.transposed else by_rank[:, None]
+                kept = held.kept[i]
+                full = full.expand_as(mean).clone()
+                found[name] = full if kept is None else full * kept
+        return found
+
+    @torch.no_grad()
+    def prune(self, ratio: float) -> int:
+        """Zero the elements with the largest variance, per matrix, in the mean and every sample.
+
+        In each perturbed matrix, ``floor(ratio · numel)`` elements are zero afterwards. The variance is one
+        number a rank, so whole ranks go first.
+
+        Args:
+            ratio: fraction to prune, in [0, 1).
+
+        Returns:
+            The number of pruned elements over all matrices.
+
+        Raises:
+            ValueError: ``ratio`` is out of range.
+        """
+        if not 0.0 <= ratio < 1.0:
+            raise ValueError(f"ratio must be in [0, 1), got {ratio!r}")
+        variance, total = self.variance, 0
+        for held in self._parts:
+            for i, name in enumerate(held.names):
+                kept = held.kept[i]
+                score = variance[name].flatten()
+                if kept is not None:
+                    score = torch.where(kept.flatten(), score, math.inf)
+                chosen = torch.argsort(score, descending=True, stable=True)[
+                    : math.floor(ratio * score.numel())
+                ]
+                flat = torch.ones_like(score, dtype=torch.bool) if kept is None else kept.flatten().clone()
+                flat[chosen] = False
+                self._keep(held, i, flat.view_as(held.means[i]))
+                total += int((~flat).sum())
+        self.pruned.append(ratio)
+        return total
+
+    def _keep(self, held: _Matrices, i: int, kept: Tensor) -> None:
+        held.kept[i] = kept
+        held.means[i].mul_(kept)
+        held.parameters[i].detach().mul_(kept.to(held.parameters[i].device))
+
+    # ---- files ---------------------------------------------------------------------------------------
+
+    def save_pretrained(self, path: str | PathLike[str]) -> None:
+        """Write the PEFT adapter (mean and priors, fp32), and beside it the options and what is pruned.
+
+        The folder loads in plain PEFT as its MonteCLoRA. ``posterior.safetensors`` holds a mask of the kept
+        elements of each pruned matrix.
+
+        Args:
+            path: the folder, made if it does not exist.
+
+        Raises:
+            TypeError: the model is not a PEFT model.
+        """
+        from bayeslora import posterior_files as files
+
+        model = files._require_peft(self.model)
+        adapter = self._bank.adapter
+        keys = files._peft_keys(model, adapter)
+        state = {**model.state_dict(), **self._fp32_state()}
+        folder = Path(path)
+        model.save_pretrained(str(folder), selected_adapters=[adapter], state_dict=state)
+        if adapter != "default":
+            folder = folder / adapter
+        masks = {
+            keys[name]: kept.to(torch.uint8).cpu().contiguous()
+            for held in self._parts
+            for name, kept in zip(held.names, held.kept, strict=True)
+            if kept is not None
+        }
+        save_file(masks, folder / files.POSTERIOR_WEIGHTS, metadata={"format": "pt"})
+        config = {
+            "format_version": files.FORMAT_VERSION,
+            "method": "monteclora",
+            "pruned": self.pruned,
+            "options": {name: getattr(self._options, name) for name in _SHAPING},
+            "sample_scaler": float(self._parts[0].scale),
+            "parameters": [keys[name] for held in self._parts for name in held.names],
+        }
+        (folder / files.POSTERIOR_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    def _fp32_state(self) -> dict[str, Tensor]:
+        by_id = {id(p): name for name, p in self.model.named_parameters()}
+        state = {name: mean.float() for name, mean in self.mean.items()}
+        for held in self._parts:
+            starts = held.std_prior.split([s.rows for s in held.part.plan.sites[: len(held.part.layers)]])
+            for i, std_prior in enumerate(starts):
+                own = held.part.sampler(i)._parameters
+                state[by_id[id(own["std_prior"])]] = std_prior.float().clone()
+                state[by_id[id(own["expert_weights_prior"])]] = held.prior[i].float().clone()
+        return state
+
+    def restore(self, pruned: list[float], masks: dict[str, Tensor]) -> None:
+        """Prune what a saved posterior had pruned: masks of kept elements by parameter name."""
+        with torch.no_grad():
+            for held in self._parts:
+                for i, name in enumerate(held.names):
+                    if name in masks:
+                        self._keep(held, i, masks[name].to(held.means[i].device).bool())
+        self.pruned = list(pruned)
+
+
+def _copy_part(part: Part, names: dict[int, str]) -> _Matrices:
+    parameters = [part.matrix(site) for site in range(len(part.plan.sites))]
+    missing = [p for p in parameters if id(p) not in names]
+    if missing:
+        raise ValueError(
+            f"a perturbed matrix of shape {tuple(missing[0].shape)} is not in the model; "
+            "pass the patched model"
+        )
+    std_prior, prior = (p.detach().double().clone() for p in part.priors())
+    means = [p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for p in parameters]
+    return _Matrices(
+        part=part,
+        names=[names[id(p)] for p in parameters],
+        parameters=parameters,
+        means=means,
+        std_prior=std_prior,
+        prior=prior,
+        scale=part.scale.clone(),
+        kept=[None] * len(parameters),
+    )
+
+
+@torch.no_grad()
+def _write(held: _Matrices, seed: int, variance_scale: float) -> None:
+    part = held.part
+    index = torch.zeros(1, dtype=torch.int64, device=part.device)
+    alpha = part.tables.per_copy(mm.concentrations(held.prior))
+    noise = part.source.draw(alpha, seed=seed, draw=index)
+    weights = mm.mixture_weights(alpha, noise, part.options.sparse)
+    variances = mm.row_variances(held.std_prior, part.tables, noise.chi_square)
+    scale = held.scale * math.sqrt(variance_scale)
+    collapsed = part.options.estimator == "collapsed"
+    kappa = mm.coefficients(variances, weights, scale, part.tables, collapsed)
+    flat = torch.cat([mean.reshape(-1) for mean in held.means])
+    monteclora_kernels(flat.device).perturb_(part.plan, flat, kappa, seed=seed, draw=index)
+    for i, parameter in enumerate(held.parameters):
+        value, kept = part.plan.view(flat, i), held.kept[i]
+        parameter.copy_(value if kept is None else value * kept)
+
+
+@torch.no_grad()
+def _row_variance(held: _Matrices) -> Tensor:
+    """Return the variance of each row's elements, fp64 ``(R,)``."""
+    part = held.part
+    alpha = part.tables.per_copy(mm.concentrations(held.prior))
+    options = part.options
+    if options.dirichlet == "exact" and not options.sparse:
+        total = alpha.sum(-1)
+        squared = (alpha * (alpha + 1.0)).sum(-1) / (total * (total + 1.0))
+    else:  # no closed form: the mean of 1024 draws, by the noise contract
+        source = mm.NoiseSource(part.tables, part.components, _MOMENT_DRAWS, options.dirichlet == "exact")
+        noise = source.draw(alpha, seed=0, draw=torch.zeros(1, dtype=torch.int64, device=part.device))
+        squared = mm.mixture_weights(alpha, noise, options.sparse).square().sum(-1).mean(0)
+    v = part.tables.per_copy(torch.exp(2.0 * held.std_prior))
+    expected = part.tables.to_rows(squared) * part.tables.row_rank * v
+    return held.scale.square() * expected / options.outer_samples
+
+
+def load_monteclora(model: nn.Module, folder: Path, config: dict[str, Any]) -> MontecloraPosterior:
+    """Load a posterior that `MontecloraPosterior.save_pretrained` wrote; see `Posterior.from_pretrained`."""
+    from peft import PeftConfig, PeftModel, get_peft_model
+
+    from bayeslora import posterior_files as files
+
+    for key in ("options", "sample_scaler", "pruned", "parameters"):
+        if key not in config:
+            raise ValueError(f"{str(folder / files.POSTERIOR_CONFIG)!r} has no key {key!r}")
+    values = files._read_tensors(folder / files.ADAPTER_WEIGHTS)
+    masks = files._read_tensors(folder / files.POSTERIOR_WEIGHTS)
+    if isinstance(model, PeftModel):
+        return _load_into(model, folder, config, values, masks)
+    peft_model = get_peft_model(model, PeftConfig.from_pretrained(str(folder)))  # type: ignore[arg-type]
+    try:
+        return _load_into(peft_model, folder, config, values, masks)
+    except ValueError:
+        peft_model.unload()  # take the adapter out again: the base model is as it was
+        raise
+
+
+def _load_into(
+    model: Any, folder: Path, config: dict[str, Any], values: dict[str, Tensor], masks: dict[str, Tensor]
+) -> MontecloraPosterior:
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    from bayeslora import posterior_files as files
+    from bayeslora.monteclora import configure_monteclora
+    from bayeslora.patching import patch
+
+    adapter = files._active_adapter(model)
+    expected = {k: tuple(v.shape) for k, v in get_peft_model_state_dict(model, adapter_name=adapter).items()}
+    found = {k: tuple(v.shape) for k, v in values.items()}
+    files._check_shapes(folder / files.ADAPTER_WEIGHTS, found, expected)
+    for key, mask in masks.items():
+        if key not in found or tuple(mask.shape) != found[key]:
+            raise ValueError(
+                f"{str(folder / files.POSTERIOR_WEIGHTS)!r}: {key!r} has shape {tuple(mask.shape)}, in "
+                f"{files.ADAPTER_WEIGHTS} it has {found.get(key)}"
+            )
+    set_peft_model_state_dict(model, dict(values), adapter_name=adapter)
+    patch(model)
+    configure_monteclora(model, adapter, sample_scaler=config["sample_scaler"], **config["options"])
+    posterior = Posterior.from_monteclora(model, adapter)
+    assert isinstance(posterior, MontecloraPosterior)
+    names = {key: name for name, key in files._peft_keys(model, adapter).items()}
+    posterior.restore(config["pruned"], {names[key]: mask for key, mask in masks.items()})
+    return posterior
