@@ -9,6 +9,7 @@ from rich.console import Console
 
 from . import __version__
 from ._backend import uses_triton
+from .cli_bench import bench
 from .cli_demo import demo
 from .cli_finetune import evaluate, finetune
 from .cli_support import pairs_table, versions
@@ -30,6 +31,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(finetune)
 app.command()(evaluate)
+app.command()(bench)
 
 
 @app.callback(invoke_without_command=True)

@@ -45,13 +45,14 @@ def plain(text):
     return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["finetune"], ["evaluate"], ["info"]])
+@pytest.mark.parametrize("command", [[], ["demo"], ["finetune"], ["evaluate"], ["bench"], ["info"]])
 def test_every_command_has_help(command):
     result = CliRunner().invoke(app, [*command, "--help"])
     assert result.exit_code == 0
     text = plain(result.output)
     for word in {
-        (): ["demo", "finetune", "evaluate", "info"],
+        (): ["demo", "finetune", "evaluate", "bench", "info"],
+        ("bench",): ["--batch-size", "--eager-only", "SmolLM2-135M"],
         ("finetune",): ["--ess", "200 x training rows", "--template", "line break"],
         ("evaluate",): ["--variance-scale", "--prune", "DIR"],
         ("demo",): ["--cache-dir", "BAYESLORA_CACHE", "--steps"],
@@ -122,6 +123,34 @@ def test_evaluate_prunes_and_scales(model, data, tmp_path, capsys):
         nll[name] = [row["nll"] for row in json.loads(output.read_text())["rows"]]
     assert nll["pruned"][0] != nll["plain"][0]
     assert nll["wide"][0] == nll["plain"][0] and nll["wide"][1] != nll["plain"][1]
+
+
+def test_bench_measures_the_models_shape(model, tmp_path, capsys):
+    file = tmp_path / "bench.json"
+    words = [
+        "bench",
+        "--model",
+        model,
+        "--batch-size",
+        "2",
+        "--length",
+        "8",
+        "--target-modules",
+        "q_proj, v_proj",
+    ]
+    assert cli.main([*words, "--seconds", "0", "--device", "cpu", "--output", str(file)]) == 0
+    out = capsys.readouterr().out
+    measured = json.loads(file.read_text())
+    names = [row["name"] for row in measured["rows"]]
+    assert names == ["base", "PEFT + AdamW", "PEFT + ivon-opt", "patched + AdamW", "patched + IVON"]
+    assert all(name in out for name in names) and "IVON over AdamW, patched" in out and "No GPU" in out
+    assert measured["versions"]["torch"] and measured["target_modules"] == "q_proj, v_proj"
+
+
+def test_bench_refuses_bad_options(capsys):
+    assert "--batch-size" in error_of(capsys, ["bench", "--batch-size", "0", "--device", "cpu"])
+    assert "--seconds" in error_of(capsys, ["bench", "--seconds", "-1", "--device", "cpu"])
+    assert "nowhere" in error_of(capsys, ["bench", "--model", "/nowhere", "--device", "cpu"])
 
 
 def error_of(capsys, words, status=1):
