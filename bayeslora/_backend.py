@@ -1,11 +1,30 @@
 """Which implementation runs where: Triton kernels on CUDA, their plain-torch twins elsewhere."""
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any, TypeVar, cast
 
 import torch
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def untraced(function: _Function) -> _Function:
+    """Keep ``torch.compile`` out of a function: ``torch.compiler.disable``, imported where it is needed."""
+    disabled: list[Callable[..., Any]] = []
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*args, **kwargs)
+
+    return cast(_Function, call)
 
 
 @cache

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bayeslora._backend import ivon_kernels
+from bayeslora._backend import ivon_kernels, untraced
 from bayeslora.ivon_distributed import (
     agree_on_nonfinite,
     average_over_ranks,
@@ -299,6 +299,7 @@ class IVON(torch.optim.Optimizer):
         """Put the mean into the parameters. A later ``train()`` goes on with the same sample."""
         self._show(None)
 
+    @untraced
     def _draw(self) -> None:
         if self._folded:
             self._check_folded(self._store.current())
@@ -308,6 +309,7 @@ class IVON(torch.optim.Optimizer):
         self._pending = noise
         self._samples += 1
 
+    @untraced
     def _show(self, noise: _Noise | None) -> None:
         """Make the parameters hold the named sample, or the mean."""
         if noise == self._held:
@@ -324,6 +326,7 @@ class IVON(torch.optim.Optimizer):
                 kernels.ivon_sample(bucket, seed=noise.seed, draw=noise.draw, train=noise.train, adopt=adopt)
         self._held = noise
 
+    @untraced
     def _fold(self) -> None:
         """Move the pending sample's gradient from ``p.grad`` into the running means over samples."""
         assert self._pending is not None
@@ -381,10 +384,15 @@ class IVON(torch.optim.Optimizer):
             RuntimeError: no sample was drawn since the last step, so the gradients were not taken at one.
         """
         loss = None if closure is None else self._run_closure(closure)
+        self._finish_step()
+        return loss
+
+    @untraced
+    def _finish_step(self) -> None:
         if self._pending is None and self._folded == 0:
             if not self.state and all(float(group["lr"]) == 0.0 for group in self.param_groups):
                 self._store.current()  # torch.distributed.checkpoint asks for the state by such a step
-                return loss
+                return
             raise RuntimeError(
                 "IVON.step() with no sample drawn: take the gradients inside "
                 "`with opt.sampled_params(train=True): loss.backward()`, or call `opt.train()` before the "
@@ -398,7 +406,6 @@ class IVON(torch.optim.Optimizer):
         self._update(buckets, averaged, grad_scale, found_inf)
         self._held = None
         self._forget_samples()
-        return loss
 
     def _run_closure(self, closure: Callable[[], Any]) -> Any:
         losses = []
