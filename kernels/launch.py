@@ -101,10 +101,10 @@ class Launcher:
             with torch.cuda.device(device):
                 return self(grid, *args)
         recording = getattr(_recording, "launches", None)
+        if recording is not None:
+            recording.append((self, tuple(grid), args))
         if not self.direct:
             self._launch_plainly(grid, args)
-            if recording is not None:
-                recording.append(None)
             return None
         key, values = _specialize(args)
         compiled = self._compiled.get((device, *key)) if key else None
@@ -114,11 +114,6 @@ class Launcher:
             compiled = self._launch_plainly(grid, args)
             if key and compiled is not None:
                 _keep(self._compiled, (device, *key), compiled)
-        if recording is not None:
-            ready = self.prepared(args)
-            # Without ready tensor maps the arguments would hold the tensors' memory.
-            kept = ready is not None and not (self._blocks and ready[0].make_map is None)
-            recording.append((self, ready[0], tuple(grid), ready[1]) if ready and kept else None)
         return None
 
     @property
@@ -142,6 +137,43 @@ class Launcher:
         key, values = _specialize(args)
         compiled = self._compiled.get((args[0].get_device(), *key)) if key else None
         return None if compiled is None else (compiled, self._arguments(compiled, args, values))
+
+    def planned(
+        self, grid: tuple[int, ...], args: Sequence[Any], addresses: Sequence[int]
+    ) -> "_Planned | None":
+        """Return a launch made before with its tensors left open; None where that cannot be.
+
+        Args:
+            grid: of that launch.
+            args: of that launch; the address of every tensor among them is one of ``addresses``.
+            addresses: of the tensors, all different but for zeros.
+        """
+        key, values = _specialize(args)
+        compiled = self._compiled.get((args[0].get_device(), *key)) if key else None
+        tensors = [arg.data_ptr() for arg in args if isinstance(arg, Tensor)]
+        if not self.direct or compiled is None or not set(tensors) <= set(addresses):
+            return None
+        if self._blocks and compiled.make_map is None:
+            return None
+        arguments: list[Any] = []
+        holes: list[tuple[int, int]] = []
+        maps: list[_PlannedMap] = []
+        for position, (arg, value) in enumerate(zip(args, values, strict=True)):
+            if isinstance(arg, Tensor) and position in self._blocks:
+                descriptor = TensorDescriptor.from_tensor(arg, self._blocks[position])
+                expanded = list(compiled.make_map(descriptor, len(maps)))  # type: ignore[misc]
+                start, stop = len(arguments), len(arguments) + len(expanded)
+                where = addresses.index(value)
+                made = {value: expanded}
+                make = compiled.make_map
+                maps.append(_PlannedMap(start, stop, where, descriptor, make, len(maps), made))  # type: ignore[arg-type]
+                descriptor.base = _At(value)  # type: ignore[assignment] # the tensor's memory is not kept
+                arguments += expanded
+            else:
+                if isinstance(arg, Tensor):
+                    holes.append((len(arguments), addresses.index(value)))
+                arguments.append(value)
+        return _Planned(compiled, grid, [*arguments, *self._constants], holes, maps)
 
     def _launch_plainly(self, grid: Sequence[int], args: Sequence[Any]) -> _Compiled | None:
         """Launch through Triton; return what a direct launch needs, if it is to be had."""
@@ -176,46 +208,122 @@ class Launcher:
         return [*out, *self._constants]
 
 
+class _At:
+    """Stands for the tensor of a descriptor where only its address is asked for."""
+
+    def __init__(self, address: int) -> None:
+        self._address = address
+
+    def data_ptr(self) -> int:
+        """Return the address."""
+        return self._address
+
+
+class _PlannedMap(NamedTuple):
+    """Where a tensor map goes among a launch's arguments, and what makes it for another address."""
+
+    start: int
+    stop: int
+    tensor: int
+    descriptor: TensorDescriptor
+    make: Callable[[TensorDescriptor, int], list[Any]]
+    descriptor_index: int
+    made: dict[int, list[Any]]
+
+
+class _Planned(NamedTuple):
+    """One launch whose tensors are left open."""
+
+    compiled: _Compiled
+    grid: tuple[int, ...]
+    arguments: list[Any]
+    addresses: list[tuple[int, int]]  # position among the arguments, tensor
+    maps: list[_PlannedMap]
+
+    def run(self, device: int, addresses: Sequence[int]) -> None:
+        """Launch on tensors at these addresses."""
+        arguments = self.arguments.copy()
+        for position, tensor in self.addresses:
+            arguments[position] = addresses[tensor]
+        for start, stop, tensor, descriptor, make, index, made in self.maps:
+            address = addresses[tensor]
+            expanded = made.get(address)
+            if expanded is None:
+                descriptor.base = _At(address)  # type: ignore[assignment]
+                expanded = make(descriptor, index)
+                _keep(made, address, expanded)
+            arguments[start:stop] = expanded
+        _run(self.compiled, device, self.grid, arguments)
+
+
 class Plans:
-    """Remembers the launches that a function made, and makes them again without running it.
+    """Remembers which launches a function makes for tensors of given shapes, and makes them without it.
 
     ::
 
-        plans.run((signature(x), signature(y)), x.device.index, lambda: launch_all(x, y))
+        plans.run((scale,), (x, y), lambda: launch_all(x, y, scale))
+
+    Later calls with tensors of the same dtypes, shapes, strides and alignment launch the same compiled
+    kernels on the new addresses, wherever those are.
     """
 
     def __init__(self) -> None:
-        self._kept: dict[Any, list[tuple[Launcher, _Compiled, tuple[int, ...], list[Any]]]] = {}
+        self._kept: dict[Any, tuple[Launcher, list[_Planned]] | None] = {}
 
-    def run(self, key: Any, device: int, launches: Callable[[], None]) -> None:
-        """Make the launches that ``launches()`` made when ``key`` was last seen, or call it.
+    def run(
+        self, numbers: Any, tensors: Sequence[Tensor | None], launches: Callable[[], bool | None]
+    ) -> bool:
+        """Make the launches that ``launches()`` makes; call it only if no such call was seen before.
 
         Args:
-            key: all that the launches depend on: the `signature` of every tensor, and every number.
-            device: index of the GPU that all of them run on.
-            launches: launches through `Launcher` and does nothing else on the device.
+            numbers: everything that the launches depend on besides the tensors, hashable.
+            tensors: every tensor that a launch is given, views of one another apart, the first not None
+                and all on its device.
+            launches: makes launches through `Launcher`, and does nothing else on the device. It may
+                return False, before it launches anything, to say that it cannot serve such tensors.
+
+        Returns:
+            Whether the launches were made.
         """
-        plan = self._kept.get(key)
-        if plan is not None and device == torch.cuda.current_device() and plan[0][0].direct:
-            for _, compiled, grid, arguments in plan:
-                _run(compiled, device, grid, arguments)
-            return
-        made: list[Any] = []
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        device = tensors[0].get_device()  # type: ignore[union-attr]
+        key = (numbers, device, *map(_layout, tensors, addresses))
+        plan = self._kept.get(key, ())
+        if plan is None:
+            return False
+        given = [address for address in addresses if address]
+        apart = len(set(given)) == len(given)  # else one address may stand for two tensors
+        if plan and apart and device == torch.cuda.current_device() and plan[0].direct:
+            for planned in plan[1]:
+                planned.run(device, addresses)
+            return True
+        return self._record(key, addresses, launches, keep=apart)
+
+    def _record(
+        self, key: Any, addresses: Sequence[int], launches: Callable[[], bool | None], keep: bool
+    ) -> bool:
+        made: list[tuple[Launcher, tuple[int, ...], Sequence[Any]]] = []
         _recording.launches = made
         try:
-            launches()
+            refused = launches() is False
         finally:
             _recording.launches = None
-        if made and None not in made:
-            _keep(self._kept, key, made)
+        if refused:
+            _keep(self._kept, key, None)
+        elif keep and made:
+            planned = [launcher.planned(grid, args, addresses) for launcher, grid, args in made]
+            complete = [launch for launch in planned if launch is not None]
+            if len(complete) == len(made):
+                _keep(self._kept, key, (made[0][0], complete))
+        return not refused
+
+
+def _layout(tensor: Tensor | None, address: int) -> Any:
+    """Return all that a launch depends on of a tensor besides where it lies."""
+    return None if tensor is None else (address % 16, tensor.dtype, tensor.shape, tensor.stride())
 
 
 _recording = threading.local()  # backward runs in threads of its own
-
-
-def signature(tensor: Tensor | None) -> Any:
-    """Return all that a launch depends on of a tensor: address, dtype, shape and strides."""
-    return None if tensor is None else (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
 
 
 class _Bound:

@@ -14,13 +14,13 @@ own route (``lora_gemm.py``, ``lora_skinny.py``); "overlap", the kernels of ``lo
 than it must: 2 b M N a layer forward, 2 b M K for each product but the first backward.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from .lora_gemm import gemm_cublas, lora_gemm, lora_gemm_sum, rows_fit
-from .lora_overlap import backward_overlapped, fits_overlap, forward_overlapped
+from .lora_gemm import gemm_cublas, lora_gemm, lora_gemm_sum
+from .lora_overlap import backward_overlapped, forward_overlapped
 from .lora_routes import CUBLAS, OVERLAP, PRODUCTS, layer_route
 from .lora_skinny import mm_as, scaled_mm, skinny_da, skinny_dy, skinny_xa
 
@@ -107,8 +107,17 @@ def backward_products(
     return skinny_da(dh, x, dtype), dbs
 
 
-_FORWARD = {CUBLAS: forward_cublas, PRODUCTS: forward_products, OVERLAP: forward_overlapped}
-_BACKWARD = {CUBLAS: backward_cublas, PRODUCTS: backward_products, OVERLAP: backward_overlapped}
+# The overlapped ones return None where their kernels do not take the operands.
+_FORWARD: dict[str, Callable[..., Tensor | None]] = {
+    CUBLAS: forward_cublas,
+    PRODUCTS: forward_products,
+    OVERLAP: forward_overlapped,
+}
+_BACKWARD: dict[str, Callable[..., tuple[Tensor, list[Tensor]] | None]] = {
+    CUBLAS: backward_cublas,
+    PRODUCTS: backward_products,
+    OVERLAP: backward_overlapped,
+}
 
 
 def lora_forward(
@@ -137,11 +146,10 @@ def lora_forward(
     r = lora_a.shape[0]
     if route is None:
         route = layer_route("forward", x, sum(weight.shape[0] for weight, _, _ in layers), x.shape[1], r)
-    if route == OVERLAP and not all(
-        fits_overlap(((x, weight),), out, r) for (weight, _, _), out in zip(layers, outs, strict=True)
-    ):
-        route = CUBLAS
-    return list(outs), _FORWARD[route](x, layers, lora_a, scale, outs)
+    hidden = _FORWARD[route](x, layers, lora_a, scale, outs)
+    if hidden is None:
+        hidden = forward_cublas(x, layers, lora_a, scale, outs)
+    return list(outs), hidden
 
 
 def lora_backward(
@@ -176,10 +184,8 @@ def lora_backward(
     n, k, r = sum(weight.shape[0] for weight in weights), x.shape[1], lora_a.shape[0]
     if dx is None:
         dx = x.new_empty(x.shape[0], k)
-    factors = [(dy, weight.t()) for dy, weight in zip(dys, weights, strict=True)]
     if route is None:
         route = layer_route("backward", x, n, k, r)
-    if route == OVERLAP and not (fits_overlap(factors, dx, r) and rows_fit(x)):
-        route = CUBLAS
-    da, dbs = _BACKWARD[route](dys, x, weights, hidden, lora_a, lora_bs, scale, dtype, dx)
+    operands = (dys, x, weights, hidden, lora_a, lora_bs, scale, dtype, dx)
+    da, dbs = _BACKWARD[route](*operands) or backward_cublas(*operands)
     return dx, da, dbs

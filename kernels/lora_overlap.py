@@ -30,8 +30,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .launch import Launcher, Plans, signature
-from .lora_gemm import Tiles, fits_tma, gemm_tma, padded_rank
+from .launch import Launcher, Plans
+from .lora_gemm import Tiles, fits_tma, gemm_tma, padded_rank, rows_fit
 from .lora_skinny import RowTiles, sum_parts, xa_triton
 
 _MAX_ROWS = 2048  # in one fp32 accumulator: tensor cores truncate, and their error grows with its length
@@ -250,7 +250,7 @@ def forward_overlapped(
     scale: float,
     outs: Sequence[Tensor],
     overlap: bool = True,
-) -> Tensor:
+) -> Tensor | None:
     """Write each layer's y and return hidden: one launch for it and one a layer.
 
     Args:
@@ -260,20 +260,33 @@ def forward_overlapped(
         scale: the scaling of the LoRA term.
         outs: ``(M, N)`` a layer.
         overlap: False runs the same kernels in turn.
+
+    Returns:
+        h ``(M, Σr)``; None, with nothing done, where the kernels do not take these operands.
     """
     hidden = x.new_empty(x.shape[0], lora_a.shape[0])
+    owns = _columns(hidden, [lora_b for _, _, lora_b in layers])
 
-    def launches() -> None:
+    def launches() -> bool:
+        operands = zip(layers, outs, strict=True)
+        if not all(fits_overlap(((x, layer[0]),), out, lora_a.shape[0]) for layer, out in operands):
+            return False
         xa_triton(x, lora_a, scale, _row_tiles(lora_a.shape[0]), overlap, hidden)
-        first = 0
-        for (weight, bias, lora_b), out in zip(layers, outs, strict=True):
-            own = hidden[:, first : first + lora_b.shape[1]]
-            gemm_tma(((x, weight),), bias, own, lora_b, out, _GEMM_TILES, overlap and first == 0)
-            first += lora_b.shape[1]
+        first = True
+        for (weight, bias, lora_b), own, out in zip(layers, owns, outs, strict=True):
+            gemm_tma(((x, weight),), bias, own, lora_b, out, _GEMM_TILES, overlap and first)
+            first = False
+        return True
 
-    tensors = [x, lora_a, hidden, *(tensor for layer in layers for tensor in layer), *outs]
-    _plans.run((scale, overlap, *map(signature, tensors)), x.get_device(), launches)
-    return hidden
+    tensors = [x, lora_a, *owns, *(tensor for layer in layers for tensor in layer), *outs]
+    return hidden if _plans.run((scale, overlap), tensors, launches) else None
+
+
+def _columns(stacked: Tensor, lora_bs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return each layer's columns of ``(M, Σr)``; the first has the address of the whole."""
+    if len(lora_bs) == 1:
+        return (stacked,)
+    return stacked.split_with_sizes([lora_b.shape[1] for lora_b in lora_bs], 1)
 
 
 def backward_overlapped(
@@ -287,28 +300,29 @@ def backward_overlapped(
     dtype: torch.dtype,
     dx: Tensor,
     overlap: bool = True,
-) -> tuple[Tensor, list[Tensor]]:
-    """Write dx and return dA ``(Σr, K)`` and each layer's dB; arguments as in `forward_overlapped`."""
+) -> tuple[Tensor, list[Tensor]] | None:
+    """Write dx and return dA ``(Σr, K)`` and each layer's dB, or None; as `forward_overlapped`."""
     total = lora_a.shape[0]
     dh = dys[0].new_empty(dys[0].shape[0], total)
-    owns, first = [], 0
-    for lora_b in lora_bs:
-        owns.append(slice(first, first + lora_b.shape[1]))
-        first = owns[-1].stop
+    parts_of_dh, parts_of_h = _columns(dh, lora_bs), _columns(hidden, lora_bs)
     products = [TallProduct(x, dh, transposed=True)]
-    products += [TallProduct(dy, hidden[:, own], transposed=False) for dy, own in zip(dys, owns, strict=True)]
+    products += [TallProduct(dy, own, transposed=False) for dy, own in zip(dys, parts_of_h, strict=True)]
     tiles = _pair_tiles(total)
     tall = [plan_tall(products[i : i + 2], dtype, tiles) for i in range(0, len(products), 2)]
 
-    def launches() -> None:
-        for dy, lora_b, own in zip(dys, lora_bs, owns, strict=True):
-            xa_triton(dy, lora_b.t(), scale, _row_tiles(lora_b.shape[1]), overlap, dh[:, own])
+    def launches() -> bool:
         factors = [(dy, weight.t()) for dy, weight in zip(dys, weights, strict=True)]
+        if not (fits_overlap(factors, dx, total) and rows_fit(x)):
+            return False
+        for dy, lora_b, own in zip(dys, lora_bs, parts_of_dh, strict=True):
+            xa_triton(dy, lora_b.t(), scale, _row_tiles(lora_b.shape[1]), overlap, own)
         gemm_tma(factors, None, dh, lora_a.t(), dx, _GEMM_TILES, overlap)
         launch_tall(tall, tiles, overlap)
+        return True
 
-    tensors = [x, hidden, lora_a, dh, dx, *dys, *weights, *lora_bs]
+    tensors = [x, lora_a, dx, *parts_of_dh, *parts_of_h, *dys, *weights, *lora_bs]
     tensors += [tensor for plan in tall for tensor in (*plan.parts, *plan.outs)]
-    _plans.run((scale, overlap, *map(signature, tensors)), x.get_device(), launches)
+    if not _plans.run((scale, overlap), tensors, launches):
+        return None
     da, *dbs = (out for plan in tall for out in plan.outs)
     return da, dbs

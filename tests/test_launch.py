@@ -16,7 +16,7 @@ from triton.runtime import driver as runtime_driver
 from triton.runtime.jit import JITFunction
 
 from bayeslora.kernels import launch as launch_module
-from bayeslora.kernels.launch import Launcher, Plans, signature
+from bayeslora.kernels.launch import Launcher, Plans
 
 STREAM = 77
 
@@ -278,38 +278,79 @@ def test_wrong_arguments():
         Launcher(kernel, {"BLOCK": 128, "TWICE": True})((1,), torch.zeros(1))
 
 
-def test_plans_repeat_launches_without_running_the_function(recorder):
+def test_plans_repeat_launches_on_other_tensors_without_running_the_function(recorder):
     scale = Launcher(JITFunction(_scale), {"BLOCK": 128, "TWICE": False})
     copy = Launcher(
         JITFunction(_copy_tile), {"BLOCK": 64}, blocks={"x_desc": (64, 64), "other_desc": (64, 64)}
     )
     plans, runs = Plans(), []
 
-    def run(out, x):
+    def run(out, x, other, factor=0.5):
         def launches():
             runs.append(1)
-            scale((2,), out, x, 200, 0.5)
-            copy((1,), out, x, None, 3)
+            scale((2,), out, x, 200, factor)
+            copy((1,), out, x, other, 3)
 
-        plans.run((signature(out), signature(x)), 0, launches)
+        return plans.run((factor,), (out, x, other), launches)
 
-    out, x, other = (_gpu(64, 64, dtype=torch.bfloat16) for _ in range(3))
-    for _ in range(3):
-        run(out, x)
+    tensors = [_gpu(64, 64, dtype=torch.bfloat16) for _ in range(6)]
+    out, x, y, out2, x2, y2 = tensors
+    assert run(out, x, y)
+    assert run(out, x, y)
+    assert run(out2, x2, y2)
     assert len(runs) == 1
-    assert recorder.launches[0::2] == [recorder.launches[0]] * 3
-    assert recorder.launches[1::2] == [recorder.launches[1]] * 3
-    run(out, other)
-    run(out, x[:32].as_subclass(OnGPU))
-    assert len(runs) == 3
-    assert recorder.launches[6] != recorder.launches[0]
+    assert recorder.launches[0:2] == recorder.launches[2:4]
+    planned = recorder.launches[4:6]
+    scale((2,), out2, x2, 200, 0.5)
+    copy((1,), out2, x2, y2, 3)
+    assert planned == recorder.launches[6:8]
+    assert ("map", x2.data_ptr()) in planned[1][2]
+    for other in (
+        (out, x[:32].as_subclass(OnGPU), y),  # shape
+        (out, x, None),
+        (_gpu(64, 64), x, y),  # dtype
+        (_gpu(64, 64, dtype=torch.bfloat16, offset=1), x, y),  # alignment
+    ):
+        before = len(runs)
+        run(*other)
+        assert len(runs) == before + 1
+    run(out, x, y, 0.25)
+    assert recorder.launches[-2][2][3] == 0.25
+
+
+def test_planned_launches_do_not_take_one_tensor_for_another(recorder):
+    launcher = Launcher(JITFunction(_scale), {"BLOCK": 128, "TWICE": False})
+    plans, (one, two) = Plans(), (_gpu(256) for _ in range(2))
+
+    def run(out, x):
+        plans.run((), (out, x), lambda: launcher((2,), out, x, 200, 0.5))
+
+    run(one, one)  # one address stands for both
+    run(two, one)
+    run(two, one)
+    run(one, one)
+    addresses = [launch[2][:2] for launch in recorder.launches]
+    a, b = one.data_ptr(), two.data_ptr()
+    assert addresses == [[a, a], [b, a], [b, a], [a, a]]
+
+
+def test_plans_under_a_profiler(recorder):
+    launcher = Launcher(JITFunction(_scale), {"BLOCK": 128, "TWICE": False})
+    plans, runs, out = Plans(), [], _gpu(256)
+
+    def launches():
+        runs.append(1)
+        launcher((2,), out, out, 200, 0.5)
+
+    plans.run((), (out,), launches)
     hooks = triton.knobs.runtime.launch_enter_hook
     hooks.add(print)  # a profiler wants to see every launch
     try:
-        run(out, x)
+        plans.run((), (out,), launches)
     finally:
         hooks.remove(print)
-    assert len(runs) == 4
+    plans.run((), (out,), launches)
+    assert len(runs) == 2
 
 
 def test_a_plan_that_failed_or_is_not_whole_is_not_kept(recorder, monkeypatch):
@@ -325,8 +366,15 @@ def test_a_plan_that_failed_or_is_not_whole_is_not_kept(recorder, monkeypatch):
             launcher((2,), out, torch.zeros(256), 200, 0.5)  # left to Triton
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        plans.run("key", 0, launches)
+        plans.run((), (out,), launches)
     for _ in range(4):
-        plans.run("key", 0, launches)
+        plans.run((), (out,), launches)
     assert len(runs) == 3
     assert getattr(launch_module._recording, "launches", None) is None
+
+
+def test_refusals_are_remembered(recorder):
+    plans, runs = Plans(), []
+    for _ in range(2):
+        assert not plans.run((), (_gpu(256),), lambda: runs.append(1) or False)
+    assert len(runs) == 1
