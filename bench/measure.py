@@ -104,10 +104,15 @@ def copy_bandwidth(bytes_moved: int = 2 << 30) -> float:
     return bytes_moved / statistics.median(measure(lambda: target.copy_(source), 4) for _ in range(9))
 
 
+def result_file(name: str, folder: Path | None = None) -> Path:
+    """Return where `write_results` puts the results of that name on this device."""
+    slug = "".join(c if c.isalnum() else "_" for c in device_name()).strip("_").lower()
+    return (folder or RESULTS) / f"{name}_{slug}.json"
+
+
 def write_results(name: str, rows: list[dict[str, object]], folder: Path | None = None) -> Path:
     """Write rows and the environment to ``<name>_<device>.json``."""
-    slug = "".join(c if c.isalnum() else "_" for c in device_name()).strip("_").lower()
-    file = (folder or RESULTS) / f"{name}_{slug}.json"
+    file = result_file(name, folder)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
     return file

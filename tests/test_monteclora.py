@@ -147,8 +147,21 @@ def test_collapsed_and_mixture_agree_in_law_and_in_expected_gradient():
     for a, b in zip(one[1:], many[1:], strict=True):
         error = (a.var(0) / len(a) + b.var(0) / len(b)).sqrt()
         assert ((a.mean(0) - b.mean(0)).abs() < 4.5 * error).all()
-    # The collapsed estimator is the better one where gradients reach π: the reason for the default.
-    assert one[2].var(0).sum() < 1.2 * many[2].var(0).sum()
+
+
+def test_the_collapsed_estimator_varies_less_where_weights_are_learned():
+    """The reason for the default: the mixture's weights also choose between draws (11 to 13 times)."""
+    total = {}
+    for estimator in ("collapsed", "mixture"):
+        model = patched_model(options={"estimator": estimator})
+        found = []
+        for _ in range(40):
+            model.zero_grad()
+            model(**BATCH).loss.backward()
+            grads = gradients(model)
+            found.append(torch.cat([g for n, g in grads.items() if "expert_weights_prior" in n]))
+        total[estimator] = torch.stack(found).var(0).sum()
+    assert total["mixture"] > 3 * total["collapsed"]
 
 
 @pytest.mark.parametrize("options", [{}, {"estimator": "mixture"}, {"perturb": "both", "outer_samples": 2}])
