@@ -46,7 +46,10 @@ CASES: dict[str, list[tuple[int, ...]]] = {
     "10,000 tensors of 1,024": [(1024,)] * 10_000,
     "1,000 tensors of 10^6": [(1000, 1000)] * 1000,
 }
+# The same number of elements a tensor and more and more tensors: what grows is the host's part.
+SWEEP = {f"{n} tensors of 24,576": [(8, 3072)] * n for n in (10, 30, 100, 300, 1000, 3000)}
 if not CUDA:
+    SWEEP = {f"{n} tensors of 24": [(8, 3)] * n for n in (3, 10, 30)}
     CASES = {"q,v r4 (tiny)": lora_shapes(4, 64, [64, 32], 4), "100 tensors of 1,000": [(1000,)] * 100}
 
 
@@ -119,7 +122,7 @@ def bytes_per_step(params: list[Tensor]) -> int:
 
 
 def compare(name: str, rounds: int) -> dict[str, object]:
-    params = make_params(CASES[name])
+    params = make_params({**CASES, **SWEEP}[name])
     check_against_twin(params)
     numel = sum(p.numel() for p in params)
     big = numel > 10**8
@@ -138,6 +141,7 @@ def compare(name: str, rounds: int) -> dict[str, object]:
         "parameters": numel,
         "dtype": str(DTYPE).removeprefix("torch."),
         "seconds": times,
+        "sweep": name in SWEEP,
     }
     if CUDA:
         gpu = times["bayeslora IVON"]["gpu"]["median"]
@@ -179,11 +183,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=None)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--sweep", action="store_true", help="also the cases that plot_ivon.py draws")
     arguments = parser.parse_args()
     if not CUDA:
         print("no GPU: small sizes on the plain-torch twin")
     rows = []
-    for name in CASES:
+    for name in [*CASES, *(SWEEP if arguments.sweep else [])]:
         rows.append(compare(name, arguments.rounds))
         show(rows[-1:])
         if CUDA:

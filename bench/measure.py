@@ -113,6 +113,11 @@ def result_file(name: str, folder: Path | None = None) -> Path:
 def write_results(name: str, rows: list[dict[str, object]], folder: Path | None = None) -> Path:
     """Write rows and the environment to ``<name>_<device>.json``."""
     file = result_file(name, folder)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+    write_json(file, {"environment": environment(), "rows": rows})
     return file
+
+
+def write_json(file: Path, document: dict[str, object]) -> None:
+    """Write a result file, making its folder where needed."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(document, indent=1) + "\n")

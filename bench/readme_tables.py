@@ -45,6 +45,8 @@ def ivon_table() -> str:
     names = ["bayeslora IVON", "AdamW fused", "AdamW foreach", "ivon-opt"]
     rows = []
     for row in result["rows"]:
+        if row.get("sweep"):
+            continue
         cells = [f"{row['case']}: {row['tensors']:,} tensors, {row['parameters'] / 1e6:,.1f} M"]
         for name in names:
             wall = row["seconds"].get(name, {}).get("wall")
@@ -59,7 +61,49 @@ def ivon_table() -> str:
     return f"{table(['tensors trained', *names], rows)}\n\n{note}"
 
 
-TABLES: dict[str, Callable[[], str]] = {"demo": demo_table, "ivon": ivon_table}
+def memory_table() -> str:
+    """Bytes a trained parameter, per optimizer, as ``bench/bench_memory.py`` measured them."""
+    result = load("memory.json")
+    rows = []
+    for row in result["rows"]:
+        cells = [f"{row[key]:.0f}" for key in ("weights", "gradients", "optimizer", "total")]
+        rows.append([f"{row['optimizer_name']}, {row['dtype']} weights", *cells])
+    note = f"Bytes a trained parameter; torch {result['environment']['torch']}."
+    return f"{table(['', 'weights', 'gradients', 'optimizer', 'together'], rows)}\n\n{note}"
+
+
+TRAIN_STEP = "train_step_nvidia_h100_80gb_hbm3.json"
+
+
+def train_step_table() -> str:
+    """Whole training steps, as ``bench/bench_train_step.py`` measured them."""
+    if not (RESULTS / TRAIN_STEP).exists():
+        return "`bayeslora bench` measures whole training steps on your own GPU."
+    result = load(TRAIN_STEP)
+    rows = []
+    for row in result["rows"]:
+        cells = [f"{row['model']} {row['tokens']}, {row['mode']}", row["name"], f"{row['milliseconds']:.1f}"]
+        for key in ("over_peft_adamw", "over_patched_adamw"):
+            ratio = row.get(key)
+            shown = f"{ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]" if ratio else ""
+            cells.append(shown)
+        rows.append([*cells, f"{row['peak_gb']:.1f}"])
+    env = result["environment"]
+    head = ["model, batch x length", "", "ms", "/ PEFT + AdamW [95%]", "/ patched + AdamW [95%]", "peak GB"]
+    note = (
+        "LoRA on all linear layers, r 16, PEFT's default fp32 adapters; medians of interleaved rounds and "
+        f"of the ratios within them, with the sign test's interval; {env['device']}, torch {env['torch']}, "
+        f"triton {env['triton']}, transformers {env['transformers']}."
+    )
+    return f"{table(head, rows)}\n\n{note}"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "demo": demo_table,
+    "ivon": ivon_table,
+    "memory": memory_table,
+    "train step": train_step_table,
+}
 
 
 def rewrite(text: str) -> str:

@@ -175,3 +175,12 @@ def _python_calls(count, monkeypatch):
 
 def test_steady_state_calls_nothing_per_tensor_from_python(monkeypatch):
     assert _python_calls(3, monkeypatch) == _python_calls(60, monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_state_is_twelve_bytes_a_parameter(dtype, device):
+    params = [nn.Parameter(torch.zeros(64, 32, device=device, dtype=dtype)) for _ in range(4)]
+    opt = IVON(params, lr=0.1, ess=10.0)
+    opt.train()
+    storages = [value.untyped_storage() for p in params for value in opt.state[p].values()]
+    assert sum({s.data_ptr(): s.nbytes() for s in storages}.values()) == 12 * 4 * 64 * 32
