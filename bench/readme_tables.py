@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import compatibility
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 
@@ -98,7 +100,25 @@ def train_step_table() -> str:
     return f"{table(head, rows)}\n\n{note}"
 
 
+def compatibility_table() -> str:
+    """What is supported and the tests that show it, with the versions of their last recorded run."""
+    result = load("compatibility.json")
+    rows = []
+    for row in compatibility.ROWS:
+        missing = [test for test in row.tests if test not in result["tests"]]
+        if missing:
+            raise SystemExit(f"{missing[0]} has not been recorded: run python bench/compatibility.py")
+        tests = (test.split("::") for test in row.tests)
+        links = [f"[`{name}`](tests/{file})" for file, name in tests]
+        versions = [f"{name} {result['versions'][name]}" for name in row.packages]
+        rows.append([row.what, row.how, "<br>".join(links), ", ".join(versions)])
+    versions = ", ".join(f"{name} {result['versions'][name]}" for name in compatibility.ALWAYS)
+    note = f"{result['summary']} with {versions} and the versions named; Python {result['python']}."
+    return f"{table(['', 'how', 'test', 'also'], rows)}\n\n{note}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "compatibility": compatibility_table,
     "demo": demo_table,
     "ivon": ivon_table,
     "memory": memory_table,

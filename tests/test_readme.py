@@ -1,5 +1,7 @@
 """README is true: its tables come from the result files, and its first Python stands where it should."""
 
+import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,20 @@ def test_tables_come_from_the_result_files():
     command = [sys.executable, str(ROOT / "bench" / "readme_tables.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_test_of_the_compatibility_table_exists():
+    sys.path.insert(0, str(ROOT / "bench"))
+    try:
+        import compatibility
+    finally:
+        sys.path.remove(str(ROOT / "bench"))
+    for test in compatibility.tests():
+        file, name = test.split("::")
+        tree = ast.parse((ROOT / "tests" / file).read_text())
+        assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, test
+    recorded = json.loads(compatibility.RESULT.read_text())
+    assert recorded["tests"] == compatibility.tests(), "run python bench/compatibility.py"
 
 
 def test_quickstart_is_short_and_early():
