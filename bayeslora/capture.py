@@ -64,6 +64,9 @@ class CapturedStep:
         self.max_graphs = max_graphs
         self._params = [p for group in opt.param_groups for p in group["params"]]
         self._graphs: dict[Any, _Graph] = {}
+        self._pool: Any = (
+            None  # of the graphs' memory: one runs at a time, and nothing in it outlives its step
+        )
         self._seen: dict[Any, int] = {}
         self._eager = False
         if reason_for_eager is not None:
@@ -99,6 +102,7 @@ class CapturedStep:
         if any(not _same_memory(graph.memory, memory) for graph in self._graphs.values()):
             self._graphs.clear()  # load_state_dict() or a move: what was recorded writes to old memory
             self._seen.clear()
+            self._pool = None
         key = tuple((name, t.shape, t.dtype) for part in parts for name, t in part.items())
         if key in self._graphs:
             return self._replay(self._graphs[key], parts)
@@ -143,9 +147,11 @@ class CapturedStep:
         ivon = self.opt if isinstance(self.opt, IVON) else None
         if ivon is not None:
             ivon.prepare_capture()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            # thread_local: a data loader's thread may go on pinning memory.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 loss = self._run(inputs)
         except RuntimeError as error:
             if ivon is not None:

@@ -484,7 +484,7 @@ class IVON(torch.optim.Optimizer):
         Returns:
             The buckets: another list than before if a recorded step's memory is no longer in use.
         """
-        buckets = self._store.within_step()
+        buckets = self._store.current() if self._held is None else self._store.within_step()
         for bucket in buckets:
             self._store.set_hyper(bucket, 1.0, self.rescale_lr)
         return buckets

@@ -112,7 +112,6 @@ class _StepGraphs:
     def __init__(self, pad_lengths: Sequence[int], warmup: int, max_graphs: int) -> None:
         self.eager = False
         self._pad_lengths, self._warmup, self._max_graphs = pad_lengths, warmup, max_graphs
-        self._pool: Any = None
         self._forget([])
 
     @property
@@ -128,6 +127,7 @@ class _StepGraphs:
 
     def _forget(self, params: list[nn.Parameter]) -> None:
         self._recorded: dict[Any, _Recorded] = {}
+        self._pool: Any = None
         self._seen: dict[Any, int] = {}
         self._params = params
         self._addresses = [p.data_ptr() for p in params]
@@ -194,7 +194,8 @@ class _StepGraphs:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
+            # thread_local: the data loader's thread may go on pinning memory.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 loss = run()
         except RuntimeError:
             _end_generator_capture()
