@@ -21,10 +21,13 @@ class CapturedTrainerMixin:
     """Records Trainer's ``training_step`` (forward and backward of a micro-batch) in a CUDA graph per shape.
 
     At small batches eager training waits for the host, and a graph replays the same kernels without it. For
-    a subclass of Trainer of your own, or TRL's::
+    a subclass of Trainer of your own::
 
-        class CapturedSFTTrainer(bayeslora.CapturedTrainerMixin, SFTTrainer):
+        class MyCapturedTrainer(bayeslora.CapturedTrainerMixin, MyTrainer):
             pass
+
+    ``compute_loss`` then runs only while a graph is recorded: what it does on the host it does no more.
+    (TRL's SFTTrainer reads metrics there from the GPU, which cannot be recorded, and so trains eagerly.)
 
     All else is Trainer's: accumulation, clipping, the optimizer (any, and :class:`bayeslora.IVON` draws its
     sample before the graph and steps after it), the scheduler, logging, checkpoints, resume. Those are a
