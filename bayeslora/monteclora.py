@@ -2,8 +2,9 @@
 
 Every adapted matrix A (or B) is replaced in each training forward by ``A + c Σᵢ πᵢ Zᵢ L`` with learned
 variances and mixture weights (``monteclora_math.py``). PEFT's sampler modules keep the learned parameters, so
-checkpoints are PEFT's, both ways; what PEFT's samplers buffer is dropped, because noise is a function of
-counters here and drawn for all layers in two launches.
+checkpoints are PEFT's, both ways. What PEFT's samplers buffer is dropped, and ``buffer_size`` is ignored:
+noise is a function of counters here, drawn for all layers in two launches, and refilling a buffer from it
+would give the same numbers.
 
 Paper: Sengupta et al., "Robust and efficient fine-tuning of LLMs with Bayesian reparameterization of
 low-rank adaptation" (TMLR 2025).

@@ -33,6 +33,7 @@ class Draw:
     def __init__(self, index: Tensor, noise: mm.Noise, num_sites: int) -> None:
         self.index = index
         self.noise = noise
+        self.priors: tuple[Tensor, Tensor] | None = None
         self.flat: Tensor | None = None
         self.outputs: tuple[Tensor, ...] = ()
         self.recomputed: list[Tensor | None] = [None] * num_sites
@@ -50,7 +51,7 @@ class _Perturb(torch.autograd.Function):
         ctx.part, ctx.draw, ctx.kappa_dtype, ctx.components = part, draw, kappa.dtype, kappa.shape[1]
         ctx.set_materialize_grads(False)
         draw.flat = flat
-        return tuple(part.plan.view(flat, i) for i in range(len(matrices)))
+        return part.plan.views(flat)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
@@ -132,6 +133,7 @@ class Part:
         self.counter = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.scale = torch.zeros((), dtype=torch.float64, device=self.device)
         self.current: Draw | None = None
+        self._prior_version = -1
         self.live: list[weakref.ref[Draw]] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -152,12 +154,28 @@ class Part:
         copy, i = divmod(site, len(self.layers))
         return self.adapter_weights(i)[self.which[copy] == "B"]
 
+    def matrices(self) -> list[Tensor]:
+        """Return the parameters that the sites perturb, in order."""
+        held = [layer._modules["lora_" + which]._modules for which in self.which for layer in self.layers]
+        return [modules[self.adapter]._parameters["weight"] for modules in held]
+
     def priors(self) -> tuple[Tensor, Tensor]:
         """Return the layers' s, concatenated, and e ``(L, N)``."""
         held = [self.sampler(i)._parameters for i in range(len(self.layers))]
         return torch.cat([p["std_prior"] for p in held]), torch.stack(
             [p["expert_weights_prior"] for p in held]
         )
+
+    def _version(self) -> int:
+        return self.sampler(0)._parameters["std_prior"]._version
+
+    def _shared_priors(self) -> tuple[Tensor, Tensor]:
+        """Return the priors as the last forward gathered them, so that each gets one gradient, or anew."""
+        priors = None if self.current is None else self.current.priors
+        needed = torch.is_grad_enabled() and self.sampler(0)._parameters["std_prior"].requires_grad
+        if priors is None or self._version() != self._prior_version or priors[0].requires_grad != needed:
+            return self.priors()
+        return priors
 
     def kappa(self, std_prior: Tensor, prior: Tensor, noise: mm.Noise) -> Tensor:
         """Return the coefficients of all rows, differentiable in the priors."""
@@ -182,7 +200,8 @@ class Part:
         alpha = self.tables.per_copy(mm.concentrations(prior.detach()))
         noise = self.source.draw(alpha, seed=self.seed, draw=index)
         draw = Draw(index, noise, len(self.plan.sites))
-        matrices = [self.matrix(site) for site in range(len(self.plan.sites))]
+        draw.priors, self._prior_version = (std_prior, prior), self._version()
+        matrices = self.matrices()
         draw.outputs = _Perturb.apply(self, draw, self.kappa(std_prior, prior, noise), *matrices)
         self.release()
         self.live = [ref for ref in self.live if ref() is not None]
@@ -248,7 +267,7 @@ class Part:
 
     def loss(self) -> tuple[Tensor, int]:
         """Return the sum of the variational loss over the sites, fp64, and how many there are."""
-        std_prior, prior = self.priors()
+        std_prior, prior = self._shared_priors()
         alpha = self.tables.per_copy(mm.concentrations(prior))
         first = self.sampler(0)
         terms = mm.wishart_kl(std_prior, self.tables) + mm.dirichlet_kl(alpha, first.dirichlet_prior)
@@ -349,18 +368,20 @@ class MontecloraBank:
             not self.paused and self.options.mode != "mean" and any(layer.training for layer in self.layers)
         )
 
-    @torch.compiler.disable
-    def open(self, module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+    def open(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Start a forward of the model: its forward-pre hook."""
+        if torch.compiler.is_compiling():
+            return _eager(self.open, module, args, kwargs)
         self._depth += 1
         if self._depth == 1 and torch._C._current_graph_task_id() == -1:
             self.loss_weight = _share_of_batch(module, kwargs)
             if self.samples():
                 self.refresh()
 
-    @torch.compiler.disable
-    def close(self, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+    def close(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """End a forward of the model: its forward hook, also called (without output) on an exception."""
+        if torch.compiler.is_compiling():
+            return _eager(self.close, module, args, kwargs, output)
         self._depth = max(self._depth - 1, 0)
         if self._depth or torch._C._current_graph_task_id() != -1 or not self.samples():
             return
@@ -391,9 +412,10 @@ class MontecloraBank:
         a, b, priors = self._trainable(layer)
         return [a, b, *priors]
 
-    @torch.compiler.disable
     def matrices(self, index: int, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Return what stands in A's and B's places in a call of layer ``index``."""
+        if torch.compiler.is_compiling():
+            return _eager(self.matrices, index, a, b)
         if not self.layers[index].training or self.paused or self.options.mode == "mean":
             return a, b
         part, i = self._place[index]
@@ -420,6 +442,12 @@ class MontecloraBank:
         """Return the loss times the last forward's share of its optimizer step's tokens."""
         weight = self.loss_weight
         return self.loss() * (weight.to(self.parts[0].device) if isinstance(weight, Tensor) else weight)
+
+
+@torch.compiler.disable
+def _eager(method: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a method outside the graph that is being compiled."""
+    return method(*arguments)
 
 
 def _share_of_batch(module: nn.Module, kwargs: dict[str, Any]) -> Tensor | float:

@@ -46,6 +46,8 @@ class PerturbPlan:
         self.sites = list(sites)
         self.device = device
         self.offsets, self.first_rows = [], []
+        self._sizes = [site.rows * site.cols for site in self.sites]
+        self._shapes = [(s.cols, s.rows) if s.transposed else (s.rows, s.cols) for s in self.sites]
         self.size = self.num_rows = 0
         for site in self.sites:
             self.offsets.append(self.size)
@@ -58,6 +60,11 @@ class PerturbPlan:
         site, start = self.sites[index], self.offsets[index]
         part = flat[start : start + site.rows * site.cols]
         return part.view(site.cols, site.rows) if site.transposed else part.view(site.rows, site.cols)
+
+    def views(self, flat: Tensor) -> tuple[Tensor, ...]:
+        """Return every site's part of a flat buffer, each in the matrix's own shape."""
+        parts = flat.split_with_sizes(self._sizes)
+        return tuple(part.view(shape) for part, shape in zip(parts, self._shapes, strict=True))
 
     def by_rows(self, flat: Tensor, index: int) -> Tensor:
         """Return site ``index``'s part of a flat buffer as ``(rows, cols)``."""

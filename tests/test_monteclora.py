@@ -465,6 +465,59 @@ def test_different_ranks_and_a_second_adapter():
     assert all(".second." in n for n in grads)
 
 
+def test_all_linear_layers_with_dropout_in_bf16_autocast():
+    model = patched_model({"target_modules": "all-linear", "lora_dropout": 0.1})
+    assert len(bank_of(model).layers) == 14
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, grads = _step(model)
+    assert torch.isfinite(loss)
+    assert len(grads) == 14 * 4
+    assert all(
+        g.dtype == torch.float32 and torch.isfinite(g).all() and g.abs().sum() > 0 for g in grads.values()
+    )
+
+
+def test_gpt2s_transposed_layers():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    base = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=64))
+    config = LoraConfig(
+        r=3, target_modules=["c_attn"], fan_in_fan_out=True, monteclora_config=MontecloraConfig(buffer_size=1)
+    )
+    model = bayeslora.patch(get_peft_model(base, config)).train()
+    for layer in bank_of(model).layers:
+        nn.init.normal_(layer.lora_B["default"].weight)
+    _, grads = _step(model)
+    assert len(grads) == 4
+    assert all(g.abs().sum() > 0 for g in grads.values())
+
+
+def test_compiled_models_sample_as_eager_ones():
+    eager = patched_model()
+    compiled = torch.compile(patched_model(), backend="aot_eager")
+    for _ in range(2):
+        expected, loss = eager(**BATCH).loss, compiled(**BATCH).loss
+        torch.testing.assert_close(loss, expected, **CLOSE)
+    expected.backward()
+    loss.backward()
+    found = gradients(compiled._orig_mod)
+    for name, gradient in gradients(eager).items():
+        torch.testing.assert_close(found[name], gradient, **CLOSE)
+
+
+@pytest.mark.gpu
+def test_a_replayed_graph_draws_fresh_noise():
+    model = patched_model(options={"add_loss": True, "sample_scaler": 1.0}).cuda()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, capturable=True)
+    step = bayeslora.capture_step(model, optimizer)
+    batch = {name: value.cuda() for name, value in BATCH.items()}
+    losses = [step(batch).item() for _ in range(8)]
+    assert step.captured == 1
+    assert len(set(losses)) == 8
+    assert bank_of(model).parts[0].counter.item() == 8
+
+
 def test_layers_called_by_themselves_are_perturbed():
     layer = bank_of(patched_model()).layers[0]
     x = torch.randn(2, 32)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from peft.tuners.lora.monteclora import MontecloraSampler
 from scipy import special, stats
 
 from bayeslora import samplers
@@ -83,6 +84,18 @@ def test_dirichlet_follows_its_law(alpha):
         marginal = stats.beta(concentration[i].item(), (concentration.sum() - concentration[i]).item())
         inner = pi[:, i].clamp(1e-300, 1 - 1e-16)
         assert stats.kstest(inner.numpy(), marginal.cdf).pvalue > SIGNIFICANT
+
+
+def test_pefts_weights_are_not_dirichlet():
+    """The defect: a logistic normal in the Dirichlet's place."""
+    sampler = MontecloraSampler(2, 2, num_samples=4, buffer_size=1, device="cpu")
+    alpha = torch.full((4,), 0.5)
+    torch.manual_seed(0)
+    draws = torch.stack([sampler.dirichlet_reparameterization(alpha, torch.randn(4)) for _ in range(3000)])
+    first = draws.softmax(-1)[:, 0].detach().numpy()
+    assert stats.kstest(first, stats.beta(0.5, 1.5).cdf).pvalue < 1e-10
+    ours = samplers.dirichlet(alpha.expand(3000, 4), seed=1)[:, 0].numpy()
+    assert stats.kstest(ours, stats.beta(0.5, 1.5).cdf).pvalue > SIGNIFICANT
 
 
 @pytest.mark.parametrize("alpha", [0.05, 0.3, 2.0, 50.0])
