@@ -50,6 +50,7 @@ _IVON: dict[str, Any] = {"lr": 1e-3, "ess": 1e6, "hess_init": 5e-3, "clip_radius
 _CHECK_FACTOR = 1.5
 _STEPS_COMPARED = 6  # of a captured run, of which the last three are replays
 _FEWEST_ROUNDS = 7
+_NARROW = 0.004  # an interval of a ratio that more rounds need not narrow
 
 
 @dataclass(frozen=True)
@@ -306,11 +307,23 @@ def check_ivon(device: torch.device) -> None:
 # ---- timing --------------------------------------------------------------------------------------
 
 
-def time_rounds(contestants: list[Contestant], seconds: float, fewest: int = _FEWEST_ROUNDS) -> None:
-    """Add interleaved rounds to the contestants' ``seconds`` until the time is up, ``fewest`` at least."""
+def time_rounds(
+    contestants: list[Contestant],
+    seconds: float,
+    fewest: int = _FEWEST_ROUNDS,
+    enough: Callable[[], bool] = lambda: False,
+) -> None:
+    """Add interleaved rounds to the contestants' ``seconds``.
+
+    Args:
+        contestants: timed in turn.
+        seconds: no further round begins after them.
+        fewest: rounds all the same.
+        enough: asked after those; True ends the rounds early.
+    """
     inner = 1
     began, rounds = time.perf_counter(), 0
-    while rounds < fewest or time.perf_counter() - began < seconds:
+    while rounds < fewest or (time.perf_counter() - began < seconds and not enough()):
         order = contestants if rounds % 2 == 0 else contestants[::-1]
         for contestant in order:
             contestant.seconds.append(_time(contestant.step, inner))
@@ -338,6 +351,10 @@ def ratio(of: Contestant, to: Contestant) -> dict[str, float]:
     return {"median": statistics.median(ratios), "low": ratios[low], "high": ratios[high], "rounds": rounds}
 
 
+def _width(of: dict[str, float]) -> float:
+    return of["high"] - of["low"]
+
+
 def sign_interval(n: int, confidence: float = 0.95) -> tuple[int, int]:
     """Return the indices, among n sorted values, between which the median lies with that confidence.
 
@@ -360,7 +377,8 @@ def measure(
         case: what is trained.
         mode: ``"eager"`` or ``"captured"``.
         device: where.
-        seconds: for timing, half of it for all contestants and half for AdamW against IVON alone.
+        seconds: for timing, a quarter for all contestants and the rest for AdamW against IVON alone, less if
+            the interval of their ratio is narrow before.
         dtype: of the frozen weights.
 
     Raises:
@@ -371,14 +389,14 @@ def measure(
     error = bench.check_layers()
     contestants = _contestants(bench, EAGER if mode == "eager" else CAPTURED)
     by_name = {contestant.name: contestant for contestant in contestants}
-    time_rounds(contestants, seconds / 2)
+    time_rounds(contestants, seconds / 4)
     everyone = {name: list(contestant.seconds) for name, contestant in by_name.items()}
     suffix = ", captured" if mode == "captured" else ""
     adamw, ivon = (by_name[f"patched + {name}{suffix}"] for name in ("AdamW", "IVON"))
     reference = by_name["PEFT + AdamW"]
     over_peft = {name: ratio(contestant, reference) for name, contestant in by_name.items()}
     over_base = {n: ratio(c, by_name["base"]) for n, c in by_name.items() if "base" in by_name}
-    time_rounds([adamw, ivon], seconds / 2)
+    time_rounds([adamw, ivon], 0.75 * seconds, enough=lambda: _width(ratio(ivon, adamw)) < _NARROW)
     for contestant in contestants:
         middle = statistics.median(everyone[contestant.name])
         row: dict[str, Any] = {

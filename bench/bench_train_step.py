@@ -4,9 +4,9 @@
     pytest bench/bench_train_step.py        the same contestants under pytest-benchmark
 
 A row is ``MODEL:BATCHxLENGTH:MODE``, by default every one of ``ROWS``; ``--seconds-budget`` is the time that
-each spends in timed rounds, half of it for all contestants and half for AdamW against IVON alone. What is
-timed and how it is checked: ``bayeslora/step_benchmark.py``. Without a GPU a toy runs, which checks the
-script and measures nothing.
+each may spend in timed rounds, most of it on AdamW against IVON, and less where their ratio's interval is
+narrow before. What is timed and how it is checked: ``bayeslora/step_benchmark.py``. Without a GPU a toy runs,
+which checks the script and measures nothing.
 """
 
 import argparse

@@ -30,6 +30,14 @@ def test_ratio_pairs_rounds():
     assert ratio(a, b) == pytest.approx({"median": 1.1, "low": 1.1, "high": 1.1, "rounds": 9})
 
 
+def test_rounds_end_when_there_are_enough():
+    contestant = Contestant("a", lambda: None)
+    step_benchmark.time_rounds([contestant], 60.0, fewest=3, enough=lambda: len(contestant.seconds) >= 5)
+    assert len(contestant.seconds) == 5
+    step_benchmark.time_rounds([contestant], 0.0, fewest=2)
+    assert len(contestant.seconds) == 7
+
+
 @pytest.mark.parametrize(("mode", "names"), [("eager", EAGER), ("captured", CAPTURED)])
 def test_measures_every_contestant(mode, names):
     rows = list(measure(TOY, mode, CPU, seconds=0.0, dtype=torch.float32))
