@@ -6,6 +6,7 @@
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -100,6 +101,75 @@ def train_step_table() -> str:
     return f"{table(head, rows)}\n\n{note}"
 
 
+MONTECLORA = "monteclora_nvidia_h100_80gb_hbm3.json"
+ROBUSTNESS = "monteclora_robustness_nvidia_h100_80gb_hbm3.json"
+
+
+def monteclora_table() -> str:
+    """MonteCLoRA's whole step over plain LoRA's, as ``bench/bench_monteclora.py`` measured it."""
+    if not (RESULTS / MONTECLORA).exists():
+        return "`python bench/bench_monteclora.py` measures a step over plain LoRA's on your own GPU."
+    result = load(MONTECLORA)
+    steps = [row for row in result["rows"] if row["what"] == "step"]
+    rows = []
+    for row in steps:
+        if row["variant"] == "base":
+            continue
+        plain = "LoRA fp32" if row["variant"].endswith("fp32") else "LoRA"
+        place = (row["tokens"], row["mode"])
+        lora = next(s for s in steps if (s["tokens"], s["mode"], s["variant"]) == (*place, plain))
+        ratio = f"{row['median_ms'] / lora['median_ms']:.3f}"
+        peak = f"{row['peak_gb']:.1f}" if row["peak_gb"] else ""
+        rows.append([", ".join(place), row["variant"], f"{row['median_ms']:.1f}", ratio, peak])
+    env = result["environment"]
+    note = (
+        "Llama-3.2-3B's shape, q, k and v at rank 32, N = 4; forward, both losses, backward; bf16 adapters "
+        "where fp32 is not said; medians of interleaved rounds over our plain LoRA step of the same adapters; "
+        f"{env['device']}, torch {env['torch']}, triton {env['triton']}, peft {env['peft']}."
+    )
+    return f"{table(['batch x length', '', 'ms', '/ LoRA', 'peak GB'], rows)}\n\n{note}"
+
+
+def robustness_table() -> str:
+    """The spread over learning rates and batch sizes, as ``bench/monteclora_robustness.py`` measured it."""
+    if not (RESULTS / ROBUSTNESS).exists():
+        return (
+            "`python bench/monteclora_robustness.py` measures the spread over learning rates and batch sizes."
+        )
+    runs = load(ROBUSTNESS)["rows"]
+    cells: dict[Any, dict[str, Any]] = {}
+    for run in runs:
+        cells.setdefault((run["lr"], run["batch_size"], run["seed"]), {})[run["method"]] = run
+    methods = ("LoRA", "PEFT MonteCLoRA", "MonteCLoRA")
+    shared = [cell for cell in cells.values() if len(cell) == len(methods)]
+    rows = []
+    for method, view, label in [
+        *((m, "mean", m) for m in methods),
+        ("MonteCLoRA", "sampled", "8 samples of it"),
+    ]:
+        row = [label]
+        for name, scale, digits, worst in (
+            ("accuracy", 100, 1, min),
+            ("ece", 100, 1, max),
+            ("nll", 1, 3, max),
+        ):
+            values = [scale * cell[method][view][name] for cell in shared]
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            row.append(
+                f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f} ({worst(values):.{digits}f})"
+            )
+        rows.append(row)
+    first = runs[0]
+    note = (
+        f"SmolLM2-135M-Instruct on {first['train_rows']} training and {first['test_rows']} test questions, "
+        f"{first['steps']} steps; mean, standard deviation and worst of {len(shared)} fine-tunes a method: "
+        f"learning rates {', '.join(f'{lr:g}' for lr in sorted({r['lr'] for r in runs}))}, batches of "
+        f"{' and '.join(str(b) for b in sorted({r['batch_size'] for r in runs}))}, "
+        f"{len({r['seed'] for r in runs})} seed(s)."
+    )
+    return f"{table(['', 'accuracy %', 'ECE %', 'NLL'], rows)}\n\n{note}"
+
+
 def compatibility_table() -> str:
     """What is supported and the tests that show it, with the versions of their last recorded run."""
     result = load("compatibility.json")
@@ -122,6 +192,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": demo_table,
     "ivon": ivon_table,
     "memory": memory_table,
+    "monteclora": monteclora_table,
+    "monteclora robustness": robustness_table,
     "train step": train_step_table,
 }
 
