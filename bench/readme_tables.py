@@ -124,7 +124,7 @@ def monteclora_table() -> str:
     env = result["environment"]
     note = (
         "Llama-3.2-3B's shape, q, k and v at rank 32, N = 4; forward, both losses, backward; bf16 adapters "
-        "where fp32 is not said; medians of interleaved rounds over our plain LoRA step of the same adapters; "
+        "where fp32 is not said; medians of interleaved rounds, over plain LoRA steps of the same adapters; "
         f"{env['device']}, torch {env['torch']}, triton {env['triton']}, peft {env['peft']}."
     )
     return f"{table(['batch x length', '', 'ms', '/ LoRA', 'peak GB'], rows)}\n\n{note}"
