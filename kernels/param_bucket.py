@@ -44,6 +44,7 @@ GRAD_WIDTH = 3
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
+_FEW_CHANGES = 4  # hyperparameters that are set one by one
 _KEPT_TABLES = 4  # gradient tables: eager training's gradients alternate between few sets of addresses
 
 _address, _dtype = Tensor.data_ptr, attrgetter("dtype")
@@ -167,12 +168,22 @@ class ParamBucket:
 
     def set_hyper(self, values: list[list[float]]) -> None:
         """Copy the hyperparameter table to the device if it changed: ``[groups][HYPER_WIDTH]``."""
-        if values != self._hyper_values:
-            host = torch.tensor(values, dtype=torch.float64)
-            if self.device.type == "cuda":
-                host = host.pin_memory()
-            self.hyper.copy_(host, non_blocking=True)
-            self._hyper_values = values
+        before = self._hyper_values
+        if values == before:
+            return
+        self._hyper_values = values
+        if before is not None:
+            changed = [
+                (i, j) for i, row in enumerate(values) for j, value in enumerate(row) if value != before[i][j]
+            ]
+            if len(changed) <= _FEW_CHANGES:  # a scheduled learning rate: no pinned memory
+                for i, j in changed:
+                    self.hyper[i, j].fill_(values[i][j])
+                return
+        host = torch.tensor(values, dtype=torch.float64)
+        if self.device.type == "cuda":
+            host = host.pin_memory()
+        self.hyper.copy_(host, non_blocking=True)
 
     def hyper_values(self) -> list[list[float]]:
         """Return the hyperparameter table as it was last set (the twin reads it on the host)."""

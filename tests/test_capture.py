@@ -1,5 +1,6 @@
 """A captured training step follows eager training, step for step."""
 
+import copy
 import logging
 
 import pytest
@@ -72,6 +73,63 @@ def test_captured_run_is_the_eager_run(device, accumulation_steps):
     assert opt.skipped_steps == opt_eager.skipped_steps == 0
     assert step.captured == (2 if device.type == "cuda" else 0)
     assert opt.state_dict()["param_groups"][0]["draws"] == len(lengths)
+
+
+def _load_state(model, opt):
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+
+
+def _overwrite(model, opt):
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).fill_(0.01)
+
+
+def _move(model, opt):
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data = p.data.clone()
+
+
+def _add_group(model, opt):
+    opt.add_param_group(
+        {"params": [torch.nn.Parameter(torch.ones(8, device=opt.param_groups[0]["params"][0].device))]}
+    )
+
+
+BETWEEN = {
+    "load_state_dict": _load_state,
+    "weights loaded": _overwrite,
+    "moved": _move,
+    "zero_grad": lambda model, opt: opt.zero_grad(set_to_none=True),
+    "evaluated": lambda model, opt: opt.eval(),
+    "beta2": lambda model, opt: opt.param_groups[0].update(beta2=0.9),
+    "group added": _add_group,
+}
+
+
+@pytest.mark.parametrize("change", BETWEEN)
+def test_change_between_captured_steps(change, device):
+    batches = [_batch(8, i, device) for i in range(7)]
+    runs = []
+    for captured in (True, False):
+        model, opt, scheduler = _setup(device)
+        step = capture_step(model, opt, warmup=1) if captured else None
+        for i, batch in enumerate(batches):
+            if i == 4:
+                BETWEEN[change](model, opt)
+            if step is not None:
+                step(batch)
+            else:
+                with opt.sampled_params(train=True):
+                    model(**batch).loss.backward()
+                opt.step()
+                opt.zero_grad()
+            if change != "group added":  # a scheduler knows only the groups it was made with
+                scheduler.step()
+        runs.append(_weights(model))
+        if step is not None and device.type == "cuda":
+            assert step.captured == 1
+    torch.testing.assert_close(runs[0], runs[1], rtol=1e-4, atol=1e-5)
 
 
 def test_goes_eager_with_a_reason(device, caplog):
