@@ -19,7 +19,8 @@ from .kernels import lora_linear_twin
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
 _HALF = (torch.bfloat16, torch.float16)
-_KERNEL_ROWS = 8192  # below, a launch of ours costs the host more than it saves the GPU (bench/NOTES.md)
+_KERNEL_ROWS = 4096  # below, a launch of ours costs the host more than it saves the GPU (bench/NOTES.md)
+_CAPTURED_ROWS = 1024  # the same in a CUDA graph, where the host does not count
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -39,13 +40,17 @@ def dropout_ops(x: Tensor) -> ModuleType:
 def kernel_route(direction: str, x: Tensor, weights: Sequence[Tensor], r: int) -> str | None:
     """Return the route of ``kernels/lora_layer.py`` for layers that read x, or None for the products here.
 
+    While a CUDA graph is recorded the routes count from fewer rows on, since a replay costs no host time.
+
     Args:
         direction: "forward" or "backward".
         x: ``(M, K)``.
         weights: ``(Nᵢ, K)`` of each layer.
         r: the layers' ranks together.
     """
-    if x.shape[0] < _KERNEL_ROWS or x.dtype not in _HALF or not uses_triton(x.device):
+    if x.shape[0] < _CAPTURED_ROWS or x.dtype not in _HALF or not uses_triton(x.device):
+        return None
+    if x.shape[0] < _KERNEL_ROWS and not torch.cuda.is_current_stream_capturing():
         return None
     from .kernels.lora_routes import CUBLAS, layer_route
 

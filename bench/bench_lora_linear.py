@@ -198,6 +198,47 @@ def run_case(name: str, m: int, r: int, rounds: int = 5) -> dict[str, Any]:
     return row
 
 
+def profile_layer(name: str, m: int, r: int) -> dict[str, Any]:
+    """Return the kernels of one layer's forward and backward by the route of the table, with their rates.
+
+    Kernels that overlap each hold their own time, so the sum exceeds the layer's.
+    """
+    inputs, ops = Inputs(name, m, r), _ops()
+    (n,), k = LAYERS[name]
+    expected = [  # in the order of their launches: bytes that each must move, operations of the wide ones
+        ("h = s x Aᵀ", {"bytes": 2 * (m * k + r * k + m * r)}),
+        ("y = x Wᵀ + h Bᵀ", {"flop": 2 * m * n * k + 2 * m * r * n}),
+        ("dh = s dy B", {"bytes": 2 * (m * n + r * n + m * r)}),
+        ("dx = dy W + dh A", {"flop": 2 * m * n * k + 2 * m * r * k}),
+        ("dA, dB in parts", {"bytes": 2 * (m * n + m * k + 2 * m * r)}),
+        ("sums of the parts", {"bytes": 0}),
+    ]
+
+    def step() -> None:
+        inputs.forward(ops.lora_forward, "overlap")
+        inputs.backward(ops.lora_backward, "overlap")
+        measure.synchronize()
+
+    step()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(20):
+            step()
+    events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    events = sorted((e for e in events if e.name.startswith("_")), key=lambda e: e.time_range.start)
+    rows = []
+    for i, (product, must) in enumerate(expected):
+        times = sorted(e.time_range.elapsed_us() for e in events[i :: len(expected)])
+        us = times[len(times) // 2]
+        row: dict[str, Any] = {"product": product, "kernel": events[i].name, "us": round(us, 1)}
+        if must.get("bytes"):
+            row["GB_per_s"] = round(must["bytes"] / us / 1e3)
+        if "flop" in must:
+            row["TFLOP_per_s"] = round(must["flop"] / us / 1e6)
+        rows.append(row)
+    return {"profile": name, "m": m, "n": n, "k": k, "r": r, "kernels": rows}
+
+
 def host_cost(calls: int) -> dict[str, Any]:
     """Return microseconds of host time a call, by route, with little for the GPU to do."""
     inputs, ops, result = Inputs(next(iter(LAYERS)), 256 if CUDA else 8, 16), _ops(), {}
@@ -244,15 +285,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=None)
     parser.add_argument("--tokens", type=int, nargs="+", default=[], help="only these M")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[], help="only these r")
+    parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     if not CUDA:
         print("no GPU: tiny sizes on the plain-torch twin, by the host's clock; the ratios mean nothing")
     rows: list[dict[str, object]] = [host_cost(100 if CUDA else 2)]
-    print(rows[0])
+    if CUDA:
+        rows += [profile_layer("3B o", 8192, 16), profile_layer("3B up", 8192, 16)]
+    print(*rows, sep="\n")
     for name, m, r in CASES:
-        if arguments.tokens and m not in arguments.tokens:
+        if (arguments.tokens and m not in arguments.tokens) or (arguments.ranks and r not in arguments.ranks):
             continue
-        row = run_case(name, m, r)
+        row = run_case(name, m, r, arguments.rounds)
         rows.append(row)
         base = row["both"]["base"]["median_us"]
         print(

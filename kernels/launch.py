@@ -240,7 +240,7 @@ class _Planned(NamedTuple):
     addresses: list[tuple[int, int]]  # position among the arguments, tensor
     maps: list[_PlannedMap]
 
-    def run(self, device: int, addresses: Sequence[int]) -> None:
+    def run(self, device: int, stream: int, addresses: Sequence[int]) -> None:
         """Launch on tensors at these addresses."""
         arguments = self.arguments.copy()
         for position, tensor in self.addresses:
@@ -253,7 +253,7 @@ class _Planned(NamedTuple):
                 expanded = make(descriptor, index)
                 _keep(made, address, expanded)
             arguments[start:stop] = expanded
-        _run(self.compiled, device, self.grid, arguments)
+        _run(self.compiled, device, self.grid, arguments, stream)
 
 
 class Plans:
@@ -261,7 +261,8 @@ class Plans:
 
     ::
 
-        plans.run((scale,), (x, y), lambda: launch_all(x, y, scale))
+        y = torch.empty_like(x)
+        plans.run((scale,), (x,), (y,), lambda: launch_all(x, y, scale))
 
     Later calls with tensors of the same dtypes, shapes, strides and alignment launch the same compiled
     kernels on the new addresses, wherever those are.
@@ -271,31 +272,38 @@ class Plans:
         self._kept: dict[Any, tuple[Launcher, list[_Planned]] | None] = {}
 
     def run(
-        self, numbers: Any, tensors: Sequence[Tensor | None], launches: Callable[[], bool | None]
+        self,
+        numbers: Any,
+        given: Sequence[Tensor | None],
+        made: Sequence[Tensor],
+        launches: Callable[[], bool | None],
     ) -> bool:
         """Make the launches that ``launches()`` makes; call it only if no such call was seen before.
 
         Args:
             numbers: everything that the launches depend on besides the tensors, hashable.
-            tensors: every tensor that a launch is given, views of one another apart, the first not None
-                and all on its device.
+            given: the tensors that come from elsewhere, the first not None and all on its device.
+            made: tensors that were allocated for this call, whose dtypes, shapes and strides follow from
+                ``numbers`` and ``given``. With ``given`` they are all that a launch is passed, but for
+                views at the same address.
             launches: makes launches through `Launcher`, and does nothing else on the device. It may
                 return False, before it launches anything, to say that it cannot serve such tensors.
 
         Returns:
             Whether the launches were made.
         """
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        device = tensors[0].get_device()  # type: ignore[union-attr]
-        key = (numbers, device, *map(_layout, tensors, addresses))
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (*given, *made)]
+        device = given[0].get_device()  # type: ignore[union-attr]
+        key = (numbers, device, *map(_layout, given, addresses))
         plan = self._kept.get(key, ())
         if plan is None:
             return False
-        given = [address for address in addresses if address]
-        apart = len(set(given)) == len(given)  # else one address may stand for two tensors
+        nonzero = [address for address in addresses if address]
+        apart = len(set(nonzero)) == len(nonzero)  # else one address may stand for two tensors
         if plan and apart and device == torch.cuda.current_device() and plan[0].direct:
+            stream = triton.runtime.driver.active.get_current_stream(device)
             for planned in plan[1]:
-                planned.run(device, addresses)
+                planned.run(device, stream, addresses)
             return True
         return self._record(key, addresses, launches, keep=apart)
 
@@ -377,9 +385,16 @@ def _specialize(args: Sequence[Any]) -> tuple[list[Any] | None, list[Any]]:
     return key if on_gpu else None, values
 
 
-def _run(compiled: _Compiled, device: int, grid: Sequence[int], arguments: Sequence[Any]) -> None:
+def _run(
+    compiled: _Compiled,
+    device: int,
+    grid: Sequence[int],
+    arguments: Sequence[Any],
+    stream: int | None = None,
+) -> None:
+    if stream is None:
+        stream = triton.runtime.driver.active.get_current_stream(device)
     grid_0, grid_1, grid_2 = (*grid, 1, 1)[:3]
-    stream = triton.runtime.driver.active.get_current_stream(device)
     metadata = compiled.packed_metadata
     compiled.run(grid_0, grid_1, grid_2, stream, compiled.function, metadata, None, None, None, *arguments)
 

@@ -165,29 +165,45 @@ class TallPlan(NamedTuple):
     """One or two tall products, with memory for their parts and results."""
 
     pair: Sequence[TallProduct]
-    blocks: int  # of rows, in a range
+    rows_in_range: int
     ranges: int
     parts: Sequence[Tensor]
     outs: Sequence[Tensor]
 
 
-def plan_tall(pair: Sequence[TallProduct], dtype: torch.dtype, tiles: PairTiles) -> TallPlan:
-    """Allocate what one or two products need; results in ``dtype``."""
-    wide = pair[0].wide
-    columns = sum(triton.cdiv(product.wide.shape[1], tiles.block_n) for product in pair)
-    row_blocks = triton.cdiv(wide.shape[0], tiles.block_m)
-    blocks = triton.cdiv(row_blocks, max(1, tiles.programs // columns))
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@cache
+def _tall_ranges(m: int, widths: tuple[int, ...], tiles: PairTiles) -> tuple[int, int]:
+    """Return the rows of a range, and how many ranges one or two products over M rows are cut into."""
+    columns = sum(_cdiv(width, tiles.block_n) for width in widths)
+    row_blocks = _cdiv(m, tiles.block_m)
+    blocks = _cdiv(row_blocks, max(1, tiles.programs // columns))
     blocks = min(blocks, _MAX_ROWS // tiles.block_m)
-    ranges = triton.cdiv(row_blocks, blocks)
-    parts = [wide.new_empty(ranges * product.numel, dtype=torch.float32) for product in pair]
-    outs = [wide.new_empty(product.shape, dtype=dtype) for product in pair]
-    return TallPlan(pair, blocks, ranges, parts, outs)
+    return blocks * tiles.block_m, _cdiv(row_blocks, blocks)
+
+
+def plan_tall(products: Sequence[TallProduct], dtype: torch.dtype, tiles: PairTiles) -> list[TallPlan]:
+    """Allocate what products need, two by two; results in ``dtype``."""
+    wide = products[0].wide
+    pairs = [products[i : i + 2] for i in range(0, len(products), 2)]
+    cuts = [_tall_ranges(wide.shape[0], tuple(p.wide.shape[1] for p in pair), tiles) for pair in pairs]
+    sizes = [ranges * p.numel for pair, (_, ranges) in zip(pairs, cuts, strict=True) for p in pair]
+    aligned = [_cdiv(size, 4) * 4 for size in sizes]  # every part starts at a multiple of 16 bytes
+    parts = wide.new_empty(sum(aligned), dtype=torch.float32).split_with_sizes(aligned)
+    outs = [wide.new_empty(product.shape, dtype=dtype) for product in products]
+    return [
+        TallPlan(pair, rows, ranges, parts[2 * i : 2 * i + 2], outs[2 * i : 2 * i + 2])
+        for i, (pair, (rows, ranges)) in enumerate(zip(pairs, cuts, strict=True))
+    ]
 
 
 def _launch_parts(plan: TallPlan, tiles: PairTiles, overlap: bool) -> None:
     """Write the parts: one launch."""
     pair, first = plan.pair, plan.pair[0]
-    columns = sum(triton.cdiv(product.wide.shape[1], tiles.block_n) for product in pair)
+    columns = sum(_cdiv(product.wide.shape[1], tiles.block_n) for product in pair)
     none = (plan.parts[0], first.wide, first.thin, 0, 0, 0, 0, 0, 0, 0)
     rank = max(padded_rank(product.thin.shape[1]) for product in pair)
     _pair_launcher(tiles, rank, overlap)(
@@ -195,7 +211,7 @@ def _launch_parts(plan: TallPlan, tiles: PairTiles, overlap: bool) -> None:
         *first.arguments(plan.parts[0]),
         *(pair[1].arguments(plan.parts[1]) if len(pair) == 2 else none),
         first.wide.shape[0],
-        plan.blocks * tiles.block_m,
+        plan.rows_in_range,
     )
 
 
@@ -218,8 +234,8 @@ def launch_tall(plans: Sequence[TallPlan], tiles: PairTiles, overlap: bool = Fal
 def tall_products(
     products: Sequence[TallProduct], dtype: torch.dtype, tiles: PairTiles, overlap: bool = False
 ) -> list[Tensor]:
-    """Return the products in ``dtype``; `plan_tall` and `launch_tall` for each two of them."""
-    plans = [plan_tall(products[i : i + 2], dtype, tiles) for i in range(0, len(products), 2)]
+    """Return the products in ``dtype``: `plan_tall` and `launch_tall`."""
+    plans = plan_tall(products, dtype, tiles)
     launch_tall(plans, tiles, overlap)
     return [out for plan in plans for out in plan.outs]
 
@@ -278,8 +294,8 @@ def forward_overlapped(
             first = False
         return True
 
-    tensors = [x, lora_a, *owns, *(tensor for layer in layers for tensor in layer), *outs]
-    return hidden if _plans.run((scale, overlap), tensors, launches) else None
+    given = [x, lora_a, *(tensor for layer in layers for tensor in layer), *outs]
+    return hidden if _plans.run(("forward", scale, overlap), given, owns, launches) else None
 
 
 def _columns(stacked: Tensor, lora_bs: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -308,7 +324,7 @@ def backward_overlapped(
     products = [TallProduct(x, dh, transposed=True)]
     products += [TallProduct(dy, own, transposed=False) for dy, own in zip(dys, parts_of_h, strict=True)]
     tiles = _pair_tiles(total)
-    tall = [plan_tall(products[i : i + 2], dtype, tiles) for i in range(0, len(products), 2)]
+    tall = plan_tall(products, dtype, tiles)
 
     def launches() -> bool:
         factors = [(dy, weight.t()) for dy, weight in zip(dys, weights, strict=True)]
@@ -320,9 +336,9 @@ def backward_overlapped(
         launch_tall(tall, tiles, overlap)
         return True
 
-    tensors = [x, lora_a, dx, *parts_of_dh, *parts_of_h, *dys, *weights, *lora_bs]
-    tensors += [tensor for plan in tall for tensor in (*plan.parts, *plan.outs)]
-    if not _plans.run((scale, overlap), tensors, launches):
+    given = [x, lora_a, dx, *parts_of_h, *dys, *weights, *lora_bs]
+    made = [*parts_of_dh, *(tensor for plan in tall for tensor in (*plan.parts, *plan.outs))]
+    if not _plans.run(("backward", scale, dtype, overlap), given, made, launches):
         return None
     da, *dbs = (out for plan in tall for out in plan.outs)
     return da, dbs

@@ -291,7 +291,7 @@ def test_plans_repeat_launches_on_other_tensors_without_running_the_function(rec
             scale((2,), out, x, 200, factor)
             copy((1,), out, x, other, 3)
 
-        return plans.run((factor,), (out, x, other), launches)
+        return plans.run((factor,), (out, x, other), (), launches)
 
     tensors = [_gpu(64, 64, dtype=torch.bfloat16) for _ in range(6)]
     out, x, y, out2, x2, y2 = tensors
@@ -323,7 +323,7 @@ def test_planned_launches_do_not_take_one_tensor_for_another(recorder):
     plans, (one, two) = Plans(), (_gpu(256) for _ in range(2))
 
     def run(out, x):
-        plans.run((), (out, x), lambda: launcher((2,), out, x, 200, 0.5))
+        plans.run((), (out,), (x,), lambda: launcher((2,), out, x, 200, 0.5))
 
     run(one, one)  # one address stands for both
     run(two, one)
@@ -342,14 +342,14 @@ def test_plans_under_a_profiler(recorder):
         runs.append(1)
         launcher((2,), out, out, 200, 0.5)
 
-    plans.run((), (out,), launches)
+    plans.run((), (out,), (), launches)
     hooks = triton.knobs.runtime.launch_enter_hook
     hooks.add(print)  # a profiler wants to see every launch
     try:
-        plans.run((), (out,), launches)
+        plans.run((), (out,), (), launches)
     finally:
         hooks.remove(print)
-    plans.run((), (out,), launches)
+    plans.run((), (out,), (), launches)
     assert len(runs) == 2
 
 
@@ -366,9 +366,9 @@ def test_a_plan_that_failed_or_is_not_whole_is_not_kept(recorder, monkeypatch):
             launcher((2,), out, torch.zeros(256), 200, 0.5)  # left to Triton
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        plans.run((), (out,), launches)
+        plans.run((), (out,), (), launches)
     for _ in range(4):
-        plans.run((), (out,), launches)
+        plans.run((), (out,), (), launches)
     assert len(runs) == 3
     assert getattr(launch_module._recording, "launches", None) is None
 
@@ -376,5 +376,5 @@ def test_a_plan_that_failed_or_is_not_whole_is_not_kept(recorder, monkeypatch):
 def test_refusals_are_remembered(recorder):
     plans, runs = Plans(), []
     for _ in range(2):
-        assert not plans.run((), (_gpu(256),), lambda: runs.append(1) or False)
+        assert not plans.run((), (_gpu(256),), (), lambda: runs.append(1) or False)
     assert len(runs) == 1

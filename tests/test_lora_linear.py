@@ -500,6 +500,21 @@ def test_more_than_2_to_the_31_elements(device, kernels):
     assert torch.equal(got.bool(), words >= 2**31)
 
 
+def test_fewer_rows_take_the_routes_while_a_graph_is_recorded(monkeypatch):
+    monkeypatch.setattr(lora_products, "uses_triton", lambda device: True)
+    monkeypatch.setattr("bayeslora.kernels.lora_routes.layer_route", lambda *_: "overlap")
+    weights = [torch.empty(8, 16, dtype=torch.bfloat16)]
+
+    def route(rows: int, recording: bool) -> str | None:
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: recording)
+        x = torch.empty(rows, 16, dtype=torch.bfloat16)
+        return lora_products.kernel_route("forward", x, weights, 8)
+
+    rows = [lora_products._CAPTURED_ROWS - 1, lora_products._CAPTURED_ROWS, lora_products._KERNEL_ROWS]
+    assert [route(m, recording=False) for m in rows] == [None, None, "overlap"]
+    assert [route(m, recording=True) for m in rows] == [None, "overlap", "overlap"]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("widths", [(3072,), (3072, 1024, 1024), (8192, 8192)], ids=["one", "qkv", "gate_up"])
