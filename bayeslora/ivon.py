@@ -327,6 +327,7 @@ class IVON(torch.optim.Optimizer):
                 self._store.set_hyper(bucket, noise.variance_scale, self.rescale_lr)
                 adopt = self._held is None
                 kernels.ivon_sample(bucket, seed=noise.seed, draw=noise.draw, train=noise.train, adopt=adopt)
+        self._store.reshard()
         self._held = noise
 
     @untraced
@@ -407,6 +408,7 @@ class IVON(torch.optim.Optimizer):
         self._check_folded(buckets)
         averaged = self._average_samples(buckets, found_inf is not None and grad_scale is None)
         self._update(buckets, averaged, grad_scale, found_inf)
+        self._store.reshard()
         self._held = None
         self._forget_samples()
 
@@ -521,6 +523,7 @@ class IVON(torch.optim.Optimizer):
 
         self.eval()
         self._store.current()  # starts the state of parameters that have none
+        self._store.reshard()
         stream = -1
         for group in self.param_groups:
             for p in group["params"]:

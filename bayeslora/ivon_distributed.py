@@ -137,6 +137,34 @@ def shard_groups(params: Iterable[Tensor]) -> list[dist.ProcessGroup]:
     return list(groups.values())
 
 
+def fsdp_modules(params: Iterable[Tensor]) -> list[nn.Module]:
+    """Return the ``fully_shard`` modules that hold the parameters, sharded or gathered."""
+    from torch.distributed import _composable_state
+    from torch.distributed.fsdp import FSDPModule
+
+    wanted = {id(p) for p in params}
+    found: list[nn.Module] = []
+    for module in list(_composable_state._module_state_mapping):
+        if isinstance(module, FSDPModule):
+            state: Any = module._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+            held = (param for group in groups if group is not None for param in group.fsdp_params)
+            if any(id(param.sharded_param) in wanted for param in held):
+                found.append(module)
+    return found
+
+
+def reshard(modules: Iterable[nn.Module]) -> None:
+    """Drop the gathered copies of ``fully_shard`` modules, which do not see a change of the shards.
+
+    The root keeps its copy after a forward pass until a backward pass frees it: without this, an evaluation
+    would hand its weights on to the next sample's forward.
+    """
+    for module in modules:
+        fsdp: Any = module
+        fsdp.reshard()
+
+
 def agree_on_nonfinite(buckets: Sequence[ParamBucket], groups: Sequence[dist.ProcessGroup]) -> None:
     """Raise the non-finite flag of every bucket on every rank if one bucket on one rank has raised it."""
     home = buckets[0].device

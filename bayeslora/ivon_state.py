@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
@@ -10,9 +11,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from bayeslora.ivon_distributed import is_sharded, part_like, shard_groups, shard_like, shard_of
+from bayeslora.ivon_distributed import (
+    fsdp_modules,
+    is_sharded,
+    part_like,
+    reshard,
+    shard_groups,
+    shard_like,
+    shard_of,
+)
 from bayeslora.kernels.param_bucket import (
     DRAWS,
     HYPER_WIDTH,
@@ -41,6 +50,7 @@ class BucketStore:
         self._optimizer = optimizer
         self._check = check
         self._sharded = False
+        self._fsdp_modules: list[weakref.ref[nn.Module]] = []
         self.shard_groups: list[dist.ProcessGroup] = []
         """Over which the parameters are sharded."""
         self._buckets: list[ParamBucket] | None = None
@@ -73,6 +83,11 @@ class BucketStore:
         if self._buckets is None or self._where(self._params) != self._addresses:
             return self.current()
         return self._buckets
+
+    def reshard(self) -> None:
+        """Make FSDP2 gather the parameters anew at their next use: they were or will be written to."""
+        if self._fsdp_modules:
+            reshard(module for ref in self._fsdp_modules if (module := ref()) is not None)
 
     def _where(self, params: list[Tensor]) -> list[int]:
         """Return the parameters' addresses, of DTensors that of the local shard."""
@@ -113,6 +128,8 @@ class BucketStore:
                 self._place(bucket, i, p)
             buckets.append(bucket)
         self._sharded = any(bucket.owners is not bucket.params for bucket in buckets)
+        owners = [p for bucket in buckets for p in bucket.owners]
+        self._fsdp_modules = [weakref.ref(m) for m in fsdp_modules(owners)] if self._sharded else []
         self.shard_groups = shard_groups(p for bucket in buckets for p in bucket.owners)
         return buckets
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from bayeslora._backend import ivon_kernels
-from bayeslora.ivon_distributed import part_like, shard_of
+from bayeslora.ivon_distributed import fsdp_modules, is_sharded, part_like, reshard, shard_of
 from bayeslora.kernels.param_bucket import HYPER_WIDTH, ParamBucket, state_dtype
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ class Posterior:
     def __post_init__(self) -> None:
         self._buckets: list[ParamBucket] | None = None
         self._bucket_key: list[Any] = []
+        self._fsdp_modules: list[nn.Module] = []
 
     # ---- where it comes from ---------------------------------------------------------------------
 
@@ -83,9 +84,10 @@ class Posterior:
             ValueError: a trained parameter of the optimizer is not one of the model's.
         """
         inner = find_ivon(optimizer)
+        gaussians = list(inner.gaussians())
         names = {id(p): name for name, p in model.named_parameters()}
         parameters = {}
-        for p, gaussian in inner.gaussians():
+        for p, gaussian in gaussians:
             if id(p) not in names:
                 raise ValueError(
                     f"the optimizer trains a parameter of shape {tuple(p.shape)} that is not in the model; "
@@ -171,11 +173,13 @@ class Posterior:
         before = [p.detach().clone() for p in tensors]
         try:
             self._write_sample(buckets, seed, variance_scale)
+            reshard(self._fsdp_modules)
             yield
         finally:
             with torch.no_grad():
                 for p, value in zip(tensors, before, strict=True):
                     p.copy_(value)
+            reshard(self._fsdp_modules)
 
     def _write_sample(self, buckets: Sequence[ParamBucket], seed: int, variance_scale: float) -> None:
         groups = self._hyper_groups()
@@ -195,6 +199,8 @@ class Posterior:
         ]
         if self._buckets is None or key != self._bucket_key:
             self._buckets, self._bucket_key = self._make_buckets(), key
+            sharded = [g.parameter for g in self.parameters.values() if is_sharded(g.parameter)]
+            self._fsdp_modules = fsdp_modules(sharded) if sharded else []
         return self._buckets
 
     def _make_buckets(self) -> list[ParamBucket]:

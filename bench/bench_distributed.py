@@ -91,10 +91,11 @@ def trained(model: nn.Module) -> list[Tensor]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def sharded(model: nn.Module) -> nn.Module:
+def sharded(model: nn.Module, device: torch.device) -> nn.Module:
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     for layer in model.base_model.model.model.layers:
-        fully_shard(layer)
-    return fully_shard(model)
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 def make_step(model: nn.Module, opt: torch.optim.Optimizer, tokens: Tensor) -> Callable[[], Tensor]:
@@ -125,7 +126,7 @@ def build_rows(job: Job, adapters: str) -> tuple[dict[str, Callable[[], Tensor]]
     models["DDP"] = DistributedDataParallel(plain, device_ids=ids)
     models["DDP independent"] = DistributedDataParallel(build(job, adapters), device_ids=ids)
     keep_gradients_local(models["DDP independent"])
-    models["FSDP2"] = sharded(build(job, adapters))
+    models["FSDP2"] = sharded(build(job, adapters), job.device)
     alone = build(job, adapters)
     rows["alone AdamW"] = make_step(alone, adamw(alone, job.device), tokens)
     rows["alone IVON"] = make_step(alone, IVON(trained(alone), **IVON_SETTINGS), tokens)

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed import init_device_mesh
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -135,16 +136,20 @@ def hess_change(rank, sync):
 
 
 def sharded_model(shard):
+    """The first layer alone, the rest with the root, which keeps what it gathered after a forward."""
     module = model()
     if shard:
-        for layer in (module[0], module[2], module):
-            fully_shard(layer)
+        mesh = init_device_mesh("cpu", (WORLD,))
+        for layer in (module[0], module):
+            fully_shard(layer, mesh=mesh)
     return module
 
 
 def sharded_steps(module, opt, start, stop, rank=None):
     """Every rank takes the whole batch, so the mean of the ranks' gradients has the bits of one's."""
     for step in range(start, stop):
+        with torch.no_grad():
+            loss_of(module, batch(step, 1))  # an evaluation: its gathered weights must not be trained on
         opt.train()
         loss_of(module, batch(step, 0)).backward()
         if step == 2 and rank in (0, None):  # only on rank 0, in a row that rank 1 does not hold

@@ -5,6 +5,7 @@ import os
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
+from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
@@ -88,9 +89,10 @@ def fsdp_steps(module, opt):
 
 
 def sharded(module):
+    mesh = init_device_mesh("cpu", (WORLD,))
     for layer in module.base_model.model.model.layers:
-        fully_shard(layer)
-    return fully_shard(module)
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(module, mesh=mesh)
 
 
 def fsdp_run(folder):

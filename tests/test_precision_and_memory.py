@@ -125,7 +125,8 @@ def _dropout_losses(device, saver):
 
 @pytest.mark.parametrize("saver", SAVERS)
 def test_memory_savers_change_no_loss(saver, device):
-    assert _dropout_losses(device, saver) == pytest.approx(_dropout_losses(device, "none"), rel=1e-6)
+    rel = 1e-6 if device.type == "cpu" else 1e-4  # attention's backward on a GPU sums in no fixed order
+    assert _dropout_losses(device, saver) == pytest.approx(_dropout_losses(device, "none"), rel=rel)
 
 
 # ---- torch.compile -------------------------------------------------------------------------------

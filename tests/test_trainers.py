@@ -81,6 +81,8 @@ def _values(model):
 
 
 def _assert_is_the_hand_written_loop(record, model, device, rel=0.0):
+    if device.type != "cpu":  # attention's backward sums in no fixed order there
+        rel = max(rel, 1e-4)
     assert len(record.calls) == STEPS * ACCUMULATION
     hand = _model().to(device).train()
     opt = _optimizer(hand)
