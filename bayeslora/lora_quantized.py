@@ -140,14 +140,25 @@ def _forward(layer: Any, x: Tensor) -> Tensor | None:
     modules = layer._modules
     dropout = modules["lora_dropout"]._modules[adapters[0]]
     p = dropout.p if isinstance(dropout, torch.nn.Dropout) and dropout.training else 0.0
-    return add_lora(
-        modules["base_layer"](x),
-        x,
-        modules["lora_A"]._modules[adapters[0]]._parameters["weight"],
-        modules["lora_B"]._modules[adapters[0]]._parameters["weight"],
-        layer.scaling[adapters[0]],
-        p,
-    )
+    lora_a = modules["lora_A"]._modules[adapters[0]]._parameters["weight"]
+    lora_b = modules["lora_B"]._modules[adapters[0]]._parameters["weight"]
+    if "_monteclora" in layer.__dict__ and adapters[0] in layer._monteclora:
+        bank, index = layer._monteclora[adapters[0]]
+        lora_a, lora_b = bank.matrices(index, lora_a, lora_b)
+    return add_lora(modules["base_layer"](x), x, lora_a, lora_b, layer.scaling[adapters[0]], p)
+
+
+def _refuse_plain_lora(layer: Any) -> None:
+    """Raise where PEFT's own forward, which knows no MonteCLoRA on these bases, would leave its noise out."""
+    if layer._disable_adapters or layer.merged_adapters or "_monteclora" not in layer.__dict__:
+        return
+    for adapter in _active_adapters(layer):
+        if adapter in layer._monteclora and layer._monteclora[adapter][0].perturbs(layer):
+            raise RuntimeError(
+                "this call of a MonteCLoRA layer on a quantized base needs PEFT's own forward "
+                "(torch.compile, several active adapters, adapter_names or hooks), which "
+                "would train it as plain LoRA"
+            )
 
 
 class _FusedForward:
@@ -156,6 +167,8 @@ class _FusedForward:
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the layer; arguments and result are those of PEFT's own forward."""
         y = None if args or kwargs else _forward(self, x)
+        if y is None:
+            _refuse_plain_lora(self)
         return super().forward(x, *args, **kwargs) if y is None else y  # type: ignore[misc]
 
 

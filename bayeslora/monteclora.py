@@ -34,8 +34,12 @@ def _adapter_configs(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-def check_layers(model: nn.Module) -> None:
-    """Refuse a model in which layers of a MonteCLoRA adapter are plain LoRA.
+def check_layers(model: nn.Module, find: Callable[[nn.Module, str], list[Any]]) -> None:
+    """Refuse a model in which layers of a MonteCLoRA adapter are plain LoRA and would stay so.
+
+    Args:
+        model: the model that is being patched.
+        find: gives the layers of ``model`` that a bank can serve, by adapter name.
 
     Raises:
         ValueError: naming the kinds of layers and how many there are.
@@ -43,13 +47,14 @@ def check_layers(model: nn.Module) -> None:
     from peft.tuners.lora.layer import LoraLayer
 
     for adapter in _adapter_configs(model):
+        served = {id(layer) for layer in find(model, adapter)}
         plain: Counter[str] = Counter()
         for layer in model.modules():
             if isinstance(layer, LoraLayer) and (
                 adapter in layer.lora_A or adapter in layer.lora_embedding_A
             ):
                 variant = getattr(layer, "lora_variant", {}).get(adapter)
-                if type(variant).__name__ != "MontecloraLinearVariant":
+                if id(layer) not in served and type(variant).__name__ != "MontecloraLinearVariant":
                     base = type(layer.get_base_layer()).__name__
                     plain[
                         f"{type(layer).__module__.rpartition('.')[2]}.{type(layer).__name__} on {base}"
@@ -58,20 +63,24 @@ def check_layers(model: nn.Module) -> None:
             kinds = ", ".join(f"{kind}: {count}" for kind, count in plain.items())
             raise ValueError(
                 f"adapter {adapter!r} has a monteclora_config, but PEFT trains these of its layers as plain "
-                f"LoRA: {kinds}. Load the base model unquantized, or target other layers, or use LoRA with "
-                "bayeslora.IVON, which gives a posterior on quantized models too"
+                f"LoRA: {kinds}. Load the base model unquantized or by bitsandbytes, or target other layers, "
+                "or use LoRA with bayeslora.IVON"
             )
 
 
-def _ensure_sampler(layer: Any, adapter: str) -> None:
-    """Make a sampler whose making PEFT put off until the weights are there, and empty its buffer."""
-    if adapter not in layer.lora_monteclora_sampler:
-        config = replace(layer._lora_monteclora_config[adapter], buffer_size=1)
-        variant: Any = layer.lora_variant[adapter]
-        layer.lora_monteclora_sampler[adapter] = variant._create_sampler(layer, adapter, config)
-        layer.lora_monteclora_sampler[adapter].sampler.buffer_size = layer._lora_monteclora_config[
-            adapter
-        ].buffer_size
+def _ensure_sampler(layer: Any, adapter: str, config: Any) -> None:
+    """Make the sampler that PEFT did not make, and empty the buffer of one that it did.
+
+    PEFT puts it off until a model's weights are there, and makes none on a quantized base.
+    """
+    from peft.tuners.lora.variants import MontecloraLinearVariant
+
+    if adapter not in getattr(layer, "lora_monteclora_sampler", ()):
+        small = replace(config.monteclora_config, buffer_size=1)
+        MontecloraLinearVariant.init(layer, adapter, replace(config, monteclora_config=small))
+        layer._lora_monteclora_config[adapter] = config.monteclora_config
+        layer.lora_monteclora_sampler[adapter].sampler.buffer_size = config.monteclora_config.buffer_size
+        layer.lora_monteclora_sampler[adapter].train(layer.training)
     buffered = layer.lora_monteclora_sampler[adapter].sampler
     buffered.buffer, buffered.index = [], buffered.buffer_size  # PEFT's own forward would fill it again
 
@@ -96,14 +105,14 @@ def attach(model: nn.Module, find: Callable[[nn.Module, str], list[Any]]) -> Non
     """
     from peft.tuners.lora.model import LoraModel
 
-    for adapter in _adapter_configs(model):
+    for adapter, config in _adapter_configs(model).items():
         layers = [
             layer for layer in find(model, adapter) if layer.lora_A[adapter].weight.device.type != "meta"
         ]
         if not layers or all(adapter in layer.__dict__.get("_monteclora", ()) for layer in layers):
             continue
         for layer in layers:
-            _ensure_sampler(layer, adapter)
+            _ensure_sampler(layer, adapter, config)
         bank = MontecloraBank(layers, adapter, MontecloraOptions())
         for index, layer in enumerate(layers):
             layer.__dict__.setdefault("_monteclora", {})[adapter] = (bank, index)
@@ -116,7 +125,7 @@ def attach(model: nn.Module, find: Callable[[nn.Module, str], list[Any]]) -> Non
 
 
 def detach(model: nn.Module) -> None:
-    """Take out of ``model`` everything that `attach` put in."""
+    """Take out of ``model`` what `attach` put in, but for learned priors."""
     for module in model.modules():
         module.__dict__.pop("_monteclora", None)
         module.__dict__.pop("_get_monteclora_loss", None)

@@ -368,6 +368,10 @@ class MontecloraBank:
             not self.paused and self.options.mode != "mean" and any(layer.training for layer in self.layers)
         )
 
+    def perturbs(self, layer: Any) -> bool:
+        """Tell whether a call of ``layer`` here and now is perturbed."""
+        return layer.training and not self.paused and self.options.mode != "mean"
+
     def open(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Start a forward of the model: its forward-pre hook."""
         if torch.compiler.is_compiling():
@@ -416,7 +420,7 @@ class MontecloraBank:
         """Return what stands in A's and B's places in a call of layer ``index``."""
         if torch.compiler.is_compiling():
             return _eager(self.matrices, index, a, b)
-        if not self.layers[index].training or self.paused or self.options.mode == "mean":
+        if not self.perturbs(self.layers[index]):
             return a, b
         part, i = self._place[index]
         if self._depth == 0 and torch._C._current_graph_task_id() == -1:

@@ -302,6 +302,7 @@ def _load_into(
     from bayeslora.monteclora import configure_monteclora
     from bayeslora.patching import patch
 
+    patch(model)  # on a quantized base the priors are there only now
     adapter = files._active_adapter(model)
     expected = {k: tuple(v.shape) for k, v in get_peft_model_state_dict(model, adapter_name=adapter).items()}
     found = {k: tuple(v.shape) for k, v in values.items()}
@@ -313,7 +314,6 @@ def _load_into(
                 f"{files.ADAPTER_WEIGHTS} it has {found.get(key)}"
             )
     set_peft_model_state_dict(model, dict(values), adapter_name=adapter)
-    patch(model)
     configure_monteclora(model, adapter, sample_scaler=config["sample_scaler"], **config["options"])
     posterior = Posterior.from_monteclora(model, adapter)
     assert isinstance(posterior, MontecloraPosterior)

@@ -234,12 +234,22 @@ def _reason_to_leave(layer: LoraLayer, adapter_name: str | None) -> str | None:
 
 
 def _montecloras(model: nn.Module, adapter: str) -> list[Any]:
-    """Return the layers whose MonteCLoRA adapter of that name the fused forward serves, in order."""
-    found = []
+    """Return the layers whose MonteCLoRA adapter of that name the fused forward can serve, in order.
+
+    On a bitsandbytes base PEFT has made them plain LoRA layers.
+    """
+    found: list[Any] = []
     for layer in _lora_layers(model):
-        if type(layer) in (PeftLoraLinear, FusedLoraLinear) and "forward" not in layer.__dict__:
+        if adapter not in layer.lora_A or _fused_kind(type(layer)) is None or "forward" in layer.__dict__:
+            continue
+        if isinstance(layer, PeftLoraLinear):
             variant = type(layer.lora_variant.get(adapter)).__name__
             if variant == "MontecloraLinearVariant" and _unsupported_parts(layer, adapter) is None:
+                found.append(layer)
+        else:
+            from .lora_quantized import unsupported
+
+            if unsupported(layer, adapter) is None:
                 found.append(layer)
     return found
 
@@ -254,7 +264,8 @@ def patch(model: _Model, adapter_name: str | None = None) -> _Model:
 
     Layers whose ``LoraConfig`` has a ``monteclora_config`` draw their noise together, once a forward of
     ``model`` (see `bayeslora.configure_monteclora`), and PEFT's ``MontecloraTrainerMixin`` gets the loss of
-    `bayeslora.monteclora_loss`.
+    `bayeslora.monteclora_loss`. On a bitsandbytes base, where PEFT makes them plain LoRA layers without a
+    word, `patch` adds the learned priors: build the optimizer, and load saved priors, afterwards.
 
     A layer uses PEFT's own forward whenever the call is one that the fused forward does not cover: merged
     or disabled adapters, several active adapters, ``adapter_names`` batches, DoRA and other variants, a
@@ -272,7 +283,8 @@ def patch(model: _Model, adapter_name: str | None = None) -> _Model:
 
     Raises:
         ValueError: ``model`` has no LoRA layers, or none of them holds ``adapter_name``, or PEFT trains
-            some of a MonteCLoRA adapter's layers as plain LoRA without saying so (a quantized base).
+            some of a MonteCLoRA adapter's layers as plain LoRA without saying so (a quantized base) and
+            they cannot be fused.
     """
     layers = list(_lora_layers(model))
     if not layers:
@@ -284,7 +296,7 @@ def patch(model: _Model, adapter_name: str | None = None) -> _Model:
         held = sorted(set().union(*map(_held_adapters, layers)))
         if adapter_name not in held:
             raise ValueError(f"adapter_name is {adapter_name!r}; the model's adapters are {held}")
-    check_monteclora(model)
+    check_monteclora(model, _montecloras)
     attach_monteclora(model, _montecloras)
     left: Counter[str] = Counter()
     for layer in layers:

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from monteclora_models import BATCH, bank_of, gradients, patched_model, peft_model
+from monteclora_models import BATCH, bank_of, gradients, patched_model, peft_model, tiny_llama
 from peft import (
     LoraConfig,
     MontecloraConfig,
@@ -14,6 +14,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.tuners.lora.layer import Linear as PeftLoraLinear
 from scipy import stats
 from torch import nn
 
@@ -526,15 +527,69 @@ def test_layers_called_by_themselves_are_perturbed():
     assert layer.lora_monteclora_sampler["default"].std_prior.grad is not None
 
 
-def test_quantized_layers_that_peft_trains_as_plain_lora_are_refused():
+def _on_4_bit():
+    """A tiny model whose q, k and v are nf4; PEFT's adapters there are plain LoRA."""
     bnb = pytest.importorskip("bitsandbytes")
-    base = nn.Sequential(bnb.nn.Linear4bit(32, 16))
+    base = tiny_llama()
+    for block in base.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj"):
+            linear = getattr(block.self_attn, name)
+            quantized = bnb.nn.Linear4bit(
+                linear.in_features, linear.out_features, bias=False, quant_type="nf4"
+            )
+            quantized.load_state_dict(linear.state_dict())
+            setattr(block.self_attn, name, quantized.to("cpu"))
     base.is_loaded_in_4bit = True
-    config = LoraConfig(r=2, target_modules=["0"], monteclora_config=MontecloraConfig())
-    model = get_peft_model(base, config)  # PEFT says nothing
-    assert not any("monteclora" in name for name in model.state_dict())
-    with pytest.raises(ValueError, match=r"plain LoRA: bnb.Linear4bit on Linear4bit: 1\."):
+    config = LoraConfig(
+        r=3,
+        target_modules=["q_proj", "k_proj", "v_proj"],
+        monteclora_config=MontecloraConfig(sample_scaler=0.05),
+    )
+    adapted = get_peft_model(base, config)
+    assert not any("monteclora" in name for name in adapted.state_dict())  # PEFT says nothing
+    for name, p in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.2)
+    return adapted.train()
+
+
+def test_4_bit_layers_that_peft_trains_as_plain_lora_are_monteclora(tmp_path):
+    theirs = _on_4_bit()
+    with torch.no_grad():
+        assert torch.equal(theirs(**BATCH).logits, theirs(**BATCH).logits)  # the defect
+    model = bayeslora.patch(theirs)
+    bayeslora.configure_monteclora(model, seed=5)
+    assert len(bank_of(model).layers) == 6
+    with torch.no_grad():
+        assert not torch.equal(model(**BATCH).logits, model(**BATCH).logits)
+        assert torch.equal(model.eval()(**BATCH).logits, model(**BATCH).logits)
+    _, grads = _step(model.train())
+    assert len(grads) == 6 * 4
+    assert all(g.abs().sum() > 0 for g in grads.values())
+    posterior = bayeslora.Posterior.from_monteclora(model)
+    posterior.save_pretrained(tmp_path)
+    loaded = bayeslora.Posterior.from_pretrained(_on_4_bit(), tmp_path)
+    inputs = {"input_ids": BATCH["input_ids"]}
+    torch.testing.assert_close(loaded.predict(inputs, 2), posterior.predict(inputs, 2), **CLOSE)
+
+
+def test_calls_that_would_be_plain_lora_are_refused():
+    model = bayeslora.patch(_on_4_bit())
+    layer = bank_of(model).layers[0]
+    layer.lora_A["default"].register_forward_hook(lambda *_: None)
+    with pytest.raises(RuntimeError, match="would train it as plain LoRA"):
+        model(**BATCH)
+    model.eval()(**BATCH)
+
+
+def test_other_quantized_layers_are_refused():
+    model = peft_model()
+    layer = next(m for m in model.modules() if hasattr(m, "lora_monteclora_sampler"))
+    layer.__class__ = type("HqqLoraLinear", (PeftLoraLinear,), {"__module__": "peft.tuners.lora.hqq"})
+    del layer.lora_variant["default"]
+    with pytest.raises(ValueError, match=r"plain LoRA: hqq.HqqLoraLinear on Linear: 1\."):
         bayeslora.patch(model)
+    assert not any(isinstance(m, FusedLoraLinear) for m in model.modules())
 
 
 def test_hooked_layers_stay_pefts_and_count_in_the_loss():
