@@ -10,6 +10,8 @@ which checks the script and measures nothing.
 """
 
 import argparse
+import gc
+import time
 from pathlib import Path
 
 import measure
@@ -30,7 +32,7 @@ ROWS = (
         "Llama-3.2-3B:8x256:captured",
         "Llama-3.2-3B:8x512:eager",
         "Llama-3-8B:8x256:eager",
-        "Llama-3-8B:8x256:captured",
+        "Llama-3-8B:4x256:captured",
     ]
     if CUDA
     else ["toy:2x16:eager", "toy:2x16:captured"]
@@ -82,15 +84,26 @@ def main() -> None:
     arguments = parser.parse_args()
     print(f"{measure.device_name()}{'' if CUDA else ': no GPU, a toy, which measures nothing'}")
     results: list[dict] = []
+    failed: list[str] = []
     for row in arguments.shapes:
         case, mode = parse(row)
-        rows = list(measure_case(case, mode, DEVICE, arguments.seconds_budget, DTYPE))
-        show(rows)
-        results += rows
-        file = measure.write_results("train_step", results, arguments.output)
+        began = time.perf_counter()
+        try:
+            rows = list(measure_case(case, mode, DEVICE, arguments.seconds_budget, DTYPE))
+        except (RuntimeError, AssertionError) as error:
+            failed.append(row)
+            print(f"{row}: not timed: {type(error).__name__}: {error}", flush=True)
+            rows = []
+        if rows:
+            show(rows)
+            results += rows
+            print("written:", measure.write_results("train_step", results, arguments.output))
+        print(f"{row}: {time.perf_counter() - began:.0f} s in all", flush=True)
+        gc.collect()
         if CUDA:
             torch.cuda.empty_cache()
-    print("written:", file)
+    if failed:
+        raise SystemExit(f"not timed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
