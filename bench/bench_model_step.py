@@ -15,6 +15,7 @@ fp32 adapters, the most accurate of the variants, may be CHECK_FACTOR times PEFT
 import argparse
 import copy
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -331,8 +332,7 @@ def print_table(results: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     device = torch.cuda.get_device_name() if CUDA else "cpu"
-    default = Path(__file__).parent / "results" / f"model_step_{device.replace(' ', '_').lower()}.json"
-    parser.add_argument("--out", type=Path, default=default, help="where the JSON goes")
+    parser.add_argument("--out", type=Path, help="where the JSON goes")
     parser.add_argument("--profile", type=Path, help="also profile a step of each variant into this file")
     parser.add_argument("--kernel-rows", type=int, help="take the measured routes from this many rows on")
     parser.add_argument("--adapters", nargs="+", default=list(ADAPTERS), choices=ADAPTERS)
@@ -343,6 +343,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.kernel_rows is not None:
         lora_products._KERNEL_ROWS = arguments.kernel_rows
+    model = "" if SHAPES[arguments.shape] is SHAPE else f"{arguments.shape}_"
+    name = re.sub(r"\W+", "_", f"model_step_{model}{device}").lower()
+    out = arguments.out or Path(__file__).parent / "results" / f"{name}.json"
     tokens_asked = [tuple(int(part) for part in text.split("x")) for text in arguments.tokens]
     document = {
         "device": device,
@@ -362,8 +365,8 @@ def main() -> None:
             results = list(measure(adapters, tokens, variants, arguments.rounds))
             print_table(results)
             document["results"] += results
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            arguments.out.write_text(json.dumps(document, indent=1) + "\n")
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(document, indent=1) + "\n")
         if arguments.profile and adapters == "all-linear r16":
             with arguments.profile.open("a") as file:
                 for name in ("base", "patched bf16"):

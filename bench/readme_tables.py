@@ -14,6 +14,9 @@ from typing import Any
 
 import compatibility
 
+sys.path.insert(0, str(Path(__file__).parent))
+import readme_lora
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 
@@ -187,7 +190,14 @@ def compatibility_table() -> str:
     return f"{table(['', 'how', 'test', 'also'], rows)}\n\n{note}"
 
 
+def _exists(name: str) -> bool:
+    return (RESULTS / name).exists()
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "model step": lambda: readme_lora.model_step(load, table, _exists),
+    "lora layers": lambda: readme_lora.lora_layers(load, table),
+    "lora perturbed": lambda: readme_lora.lora_perturbed(load, table),
     "compatibility": compatibility_table,
     "demo": demo_table,
     "ivon": ivon_table,
