@@ -120,7 +120,7 @@ ROWS = (
     ),
     Row(
         "FSDP2 (`fully_shard`)",
-        "`patch`, then `fully_shard`, then `IVON`; any number of shards, one trajectory",
+        "`patch`, then `fully_shard` (also on a 2-D mesh), then `IVON`; any number of shards, one trajectory",
         (
             "test_distributed.py::test_shards_follow_the_trajectory_of_the_whole",
             "test_distributed_trainers.py::test_a_patched_model_under_fsdp2_is_the_run_of_one_process",

@@ -11,6 +11,8 @@ from torch import nn
 from torch.distributed import init_device_mesh
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard as Placed
+from torch.distributed.tensor import distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from bayeslora import IVON, Posterior, keep_gradients_local
@@ -135,11 +137,11 @@ def hess_change(rank, sync):
 # ---- shards --------------------------------------------------------------------------------------
 
 
-def sharded_model(shard):
+def sharded_model(shard, shape=(WORLD,)):
     """The first layer alone, the rest with the root, which keeps what it gathered after a forward."""
     module = model()
     if shard:
-        mesh = init_device_mesh("cpu", (WORLD,))
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
         for layer in (module[0], module):
             fully_shard(layer, mesh=mesh)
     return module
@@ -184,10 +186,23 @@ def sharded_run(rank, folder):
     load_distributed(resumed, resumed_opt, folder / "dcp")
     sharded_steps(resumed, resumed_opt, CHECKPOINT, SHARD_STEPS)
     result["resumed"] = state_of(resumed, resumed_opt)
-    with contextlib.suppress(ValueError):
-        IVON(sharded_model(True).parameters(), **SETTINGS, sync="independent")
-        raise AssertionError("independent noise on shards must be refused")
+    replicated = sharded_model(True, (WORLD, 1))
+    replicated_opt = IVON(replicated.parameters(), **SETTINGS)
+    sharded_steps(replicated, replicated_opt, 0, SHARD_STEPS, rank=0)  # the replicas' gradients are equal
+    result["replicated"] = state_of(replicated, replicated_opt)
+    columns = distribute_tensor(torch.zeros(4, 4), init_device_mesh("cpu", (WORLD,)), [Placed(1)])
+    result["refused"] = [
+        _refusal(resumed.parameters(), sync="independent"),
+        _refusal([nn.Parameter(columns)]),
+    ]
     return result
+
+
+def _refusal(params, **settings):
+    try:
+        IVON(params, **SETTINGS, **settings)
+    except ValueError as error:
+        return str(error)
 
 
 def load_distributed(module, opt, folder):

@@ -147,6 +147,14 @@ def test_shards_follow_the_trajectory_of_the_whole(ranks, whole_run):
         assert sharded["skipped"] == 1
         for name, value in job.state_of(module, opt).items():
             torch.testing.assert_close(sharded["state"][name], value, rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(sharded["replicated"][name], value, rtol=1e-6, atol=1e-7)
+
+
+def test_what_shards_cannot_do_is_refused(ranks):
+    for result in ranks:
+        independent, columns = result["sharded"]["refused"]
+        assert "needs each rank's own gradients, which fully_shard has averaged" in independent
+        assert "sharded by rows, Shard(0), as fully_shard makes them; got (Shard(dim=1),)" in columns
 
 
 def test_the_posterior_of_shards_is_that_of_the_whole(ranks, whole_run):
