@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from bayeslora import monteclora_math as mm
 from bayeslora._backend import monteclora_kernels
-from bayeslora.monteclora_bank import MontecloraBank, Part
+from bayeslora.monteclora_bank import MontecloraBank
+from bayeslora.monteclora_part import Part
 from bayeslora.posterior import Posterior, _check_variance_scale
 
 _SHAPING = ("estimator", "dirichlet", "perturb", "outer_samples", "sparse")

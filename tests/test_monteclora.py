@@ -113,13 +113,13 @@ def test_covariance_of_the_perturbed_matrix_is_its_formula(options):
     layer = bank_of(model).layers[0]
     sampler = layer.lora_monteclora_sampler["default"]
     a = layer.lora_A["default"].weight
-    delta = (_matrices(model, 800) - a.detach()).double()
+    delta = (_matrices(model, 500) - a.detach()).double()
     alpha = sampler.expert_weights_prior.double().exp()
     squared = (alpha * (alpha + 1)).sum() / (alpha.sum() * (alpha.sum() + 1))
     v = torch.exp(2 * sampler.std_prior.double())
     expected = 0.05**2 * squared * 3 * v / options.get("outer_samples", 1)
-    # 800 draws of heavy-tailed W: 4 standard errors of the mean of 800 chi-squares of 3 are 12%.
-    assert torch.allclose(delta.square().mean((0, 2)), expected.detach(), rtol=0.15)
+    # 4 standard errors of the mean of 500 chi-squares of 3, times a random ‖π‖², are 16%.
+    assert torch.allclose(delta.square().mean((0, 2)), expected.detach(), rtol=0.16)
     assert abs(delta.mean()) < 4 * expected.mean().sqrt() / delta.numel() ** 0.5
     across = delta[:, 0] * delta[:, 1]
     assert abs(across.mean()) < 0.1 * expected.mean()
@@ -142,7 +142,7 @@ def _coefficient_problem(estimator, draws):
 
 
 def test_collapsed_and_mixture_agree_in_law_and_in_expected_gradient():
-    one, many = _coefficient_problem("collapsed", 600), _coefficient_problem("mixture", 600)
+    one, many = _coefficient_problem("collapsed", 300), _coefficient_problem("mixture", 300)
     for i in range(2):
         assert stats.ks_2samp(one[0][:, i].numpy(), many[0][:, i].numpy()).pvalue > 1e-3
     for a, b in zip(one[1:], many[1:], strict=True):

@@ -71,11 +71,11 @@ def test_variance_is_that_of_the_samples(options):
     (name, mean), (_, variance) = *posterior.mean.items(), *posterior.variance.items()
     parameter = dict(posterior.model.named_parameters())[name]
     squares = torch.zeros_like(mean)
-    for seed in range(600):
+    for seed in range(400):
         with posterior.sample(seed):
-            squares += (parameter.detach() - mean).square() / 600
+            squares += (parameter.detach() - mean).square() / 400
     axis = 0 if options.get("perturb") == "B" else 1
-    # By rank, as the variance is: 600 draws of chi-squares of 3, 4 standard errors are 14%.
+    # By rank: 4 standard errors of the mean of 400 chi-squares of 3 are 16%, and ‖π‖² varies.
     torch.testing.assert_close(squares.mean(axis), variance.mean(axis), rtol=0.2, atol=0.0)
 
 
