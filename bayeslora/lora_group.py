@@ -28,7 +28,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .lora_linear import LoraWeights, apply_layers
+from .lora_linear import apply_layers
+from .lora_passes import LoraWeights
 
 _logger = logging.getLogger("bayeslora")
 

@@ -1,7 +1,7 @@
 """The LoRA linear layer as operators that ``torch.compile`` keeps whole: no graph break, one node a layer.
 
 ``bayeslora::lora_linear`` and ``bayeslora::lora_linear_backward`` are ``forward`` and ``backward`` of
-``lora_linear.py`` for one layer, with shapes for tracing and the one as the other's gradient. Eager code
+``lora_passes.py`` for one layer, with shapes for tracing and the one as the other's gradient. Eager code
 does not come here: calling a registered operator costs more host time than the autograd function.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lora_linear import LoraWeights, Needs, Saved, backward, forward
+from .lora_passes import LoraWeights, Needs, Saved, backward, forward
 from .lora_products import cast
 
 

@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from ._backend import uses_triton
 from .kernels import lora_perturbed_twin as twin
 from .kernels.lora_perturbed_twin import Perturbation
-from .lora_linear import LoraWeights, _DifferentiableOnce
+from .lora_linear import _DifferentiableOnce
+from .lora_passes import LoraWeights
 from .lora_products import cast, dropout_ops
 
 

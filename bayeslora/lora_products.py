@@ -1,7 +1,7 @@
 """The matrix products of a LoRA layer: the one place that decides which implementation runs each of them.
 
 Everything here takes 2-D tensors of one dtype on one device, records no gradients and makes no decision
-about autograd; ``lora_linear.py`` is made of these. Each is cuBLAS's, with the scaling or the sum in the
+about autograd; ``lora_passes.py`` is made of these. Each is cuBLAS's, with the scaling or the sum in the
 product's epilogue, but for layers (and groups of layers) whose shape was measured to be faster with the
 project's own kernels: `kernel_route` says which, and ``kernels/lora_layer.py`` runs them whole.
 """

@@ -17,7 +17,8 @@ import bayeslora
 from bayeslora import lora_group
 from bayeslora.kernels import lora_linear_twin as twin
 from bayeslora.lora_group import find_groups
-from bayeslora.lora_linear import LoraWeights, apply_layers
+from bayeslora.lora_linear import apply_layers
+from bayeslora.lora_passes import LoraWeights
 from bayeslora.patching import FusedLoraLinear
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # fp32, the same terms added in another order

@@ -8,7 +8,8 @@ import torch
 from bayeslora import lora_products
 from bayeslora.kernels import lora_linear_twin as twin
 from bayeslora.kernels.noise_twin import random_words
-from bayeslora.lora_linear import LoraWeights, apply_layers, lora_linear
+from bayeslora.lora_linear import apply_layers, lora_linear
+from bayeslora.lora_passes import LoraWeights
 
 # The op's error against fp64 truth may be `factor` times the twin's own at that dtype, plus `floor`, both
 # relative to the largest element of the truth.

@@ -1,0 +1,238 @@
+"""Forward and backward of LoRA linear layers that read one input; no autograd here.
+
+Equations: see ``lora_linear.py``, which makes an autograd function of these; ``lora_ops.py`` makes operators
+for ``torch.compile`` of them. Which implementation runs each product, ``lora_products.py`` decides.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .lora_products import (
+    base_plus_lora,
+    cast,
+    dropout_ops,
+    hidden_gradient,
+    input_gradient,
+    kernel_route,
+    scaled_product,
+    tall_product,
+)
+
+
+class LoraWeights(NamedTuple):
+    """The tensors of one layer: weight ``(N, K)``, bias ``(N,)`` or None, A ``(r, K)`` and B ``(N, r)``."""
+
+    weight: Tensor
+    bias: Tensor | None
+    lora_a: Tensor
+    lora_b: Tensor
+
+
+class Forward(NamedTuple):
+    """What a forward leaves: the outputs, and what a backward may need, all in the computation's dtype."""
+
+    outputs: tuple[Tensor, ...]
+    flat: Tensor
+    """x as ``(M, K)``."""
+    hidden: Tensor
+    lora_a: Tensor
+    """The layers' A, stacked: ``(R, K)``."""
+    lora_bs: list[Tensor]
+
+
+def _adapters(layers: Sequence[LoraWeights], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """Return the layers' A stacked and their B, in ``dtype``, in at most one launch."""
+    a_parts = [layer.lora_a for layer in layers]
+    b_parts = [layer.lora_b for layer in layers]
+    if all(part.dtype == dtype for part in a_parts + b_parts):
+        return a_parts[0] if len(a_parts) == 1 else torch.cat(a_parts), b_parts
+    ranks = [part.shape[0] for part in a_parts]
+    lora_a = torch.empty(sum(ranks), a_parts[0].shape[1], dtype=dtype, device=a_parts[0].device)
+    lora_bs = [torch.empty_like(part, dtype=dtype) for part in b_parts]
+    torch._foreach_copy_([*lora_a.split_with_sizes(ranks), *lora_bs], a_parts + b_parts)
+    return lora_a, lora_bs
+
+
+def forward(
+    x: Tensor,
+    layers: Sequence[LoraWeights],
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    dtype: torch.dtype,
+) -> Forward:
+    """Compute every layer's output ``(..., Nᵢ)`` from x ``(..., K)``, in ``dtype``."""
+    x = cast(x, dtype).contiguous()
+    flat = x if x.dim() == 2 else x.view(-1, x.shape[-1])
+    dropped = flat if seed is None else dropout_ops(flat).dropout(flat, dropout_p, seed)
+    lora_a, lora_bs = _adapters(layers, dtype)
+    weights = [cast(layer.weight, dtype) for layer in layers]
+    biases = [None if layer.bias is None else cast(layer.bias, dtype) for layer in layers]
+    route = kernel_route("forward", flat, weights, lora_a.shape[0]) if seed is None else None
+    if route is None:
+        hidden = scaled_product(dropped, lora_a.t(), scaling)
+        parts = zip(weights, biases, _columns(hidden, lora_bs), lora_bs, strict=True)
+        ys = [base_plus_lora(x, weight, bias, part, b) for weight, bias, part, b in parts]
+    else:
+        from .kernels.lora_layer import lora_forward
+
+        tensors = list(zip(weights, biases, lora_bs, strict=True))
+        ys = [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
+        outs = [y.view(-1, y.shape[-1]) for y in ys]
+        hidden = lora_forward(flat, tensors, lora_a, scaling, outs, route)[1]
+    return Forward(tuple(ys), flat, hidden, lora_a, lora_bs)
+
+
+def _columns(stacked: Tensor, lora_bs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return each layer's columns of ``(M, R)``."""
+    if len(lora_bs) == 1:
+        return (stacked,)
+    return stacked.split_with_sizes([lora_b.shape[1] for lora_b in lora_bs], 1)
+
+
+class Saved(NamedTuple):
+    """What backward reads; a tensor that no needed gradient depends on may be None."""
+
+    flat: Tensor | None
+    hidden: Tensor | None
+    seed: Tensor | None
+    lora_a: Tensor | None
+    lora_bs: Sequence[Tensor]
+    weights: Sequence[Tensor]
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted: x's, and each layer's A and B."""
+
+    x: bool
+    a: Sequence[bool]
+    b: Sequence[bool]
+
+
+def backward(
+    dys: Sequence[Tensor | None],
+    saved: Saved,
+    needs: Needs,
+    adapter_dtypes: Sequence[tuple[torch.dtype, torch.dtype]],
+    scaling: float,
+    dropout_p: float,
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """Return dx ``(M, K)`` in the computation's dtype, and dA and dB of each layer in their own.
+
+    Args:
+        dys: ``(..., Nᵢ)``, at least one; None for an output that the loss does not depend on, whose
+            adapter then gets no gradient.
+        saved: of the forward.
+        needs: which gradients to compute; the others are None.
+        adapter_dtypes: of each layer's A and B.
+        scaling: of the forward.
+        dropout_p: of the forward.
+    """
+    flat_dys = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys]
+    complete = needs.x and saved.seed is None and not (False in needs.a or False in needs.b)
+    if complete and all(dy is not None for dy in flat_dys):
+        return _all_gradients(flat_dys, saved, adapter_dtypes, scaling)  # type: ignore[arg-type]
+    used = [i for i, dy in enumerate(flat_dys) if dy is not None]
+    wants_a = any(needs.a[i] for i in used)
+    da: list[Tensor | None] = [None] * len(dys)
+    db: list[Tensor | None] = [None] * len(dys)
+    if any(needs.b[i] for i in used):
+        assert saved.hidden is not None
+        for i, part in enumerate(_columns(saved.hidden, saved.lora_bs)):
+            dy = flat_dys[i]
+            if dy is not None and needs.b[i]:
+                db[i] = tall_product(dy, part, adapter_dtypes[i][1])
+    dh = _hidden_gradients(flat_dys, saved.lora_bs, scaling) if needs.x or wants_a else None
+    if dh is not None and wants_a:
+        assert saved.flat is not None
+        da = _a_gradients(dh, saved, needs, used, adapter_dtypes, dropout_p)
+    dx = None
+    if dh is not None and needs.x:
+        assert saved.lora_a is not None
+        used_dys = [dy for dy in flat_dys if dy is not None]
+        weights = [cast(saved.weights[i], dh.dtype) for i in used]
+        if saved.seed is None:
+            dx = input_gradient(used_dys, weights, (dh, saved.lora_a))
+        else:
+            dx = input_gradient(used_dys, weights)
+            dropout_ops(dx).dropout_add_(dx, torch.mm(dh, saved.lora_a), dropout_p, saved.seed)
+    return dx, da, db
+
+
+def _all_gradients(
+    flat_dys: Sequence[Tensor],
+    saved: Saved,
+    adapter_dtypes: Sequence[tuple[torch.dtype, torch.dtype]],
+    scaling: float,
+) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
+    """Return the gradients of x and of every A and B where there is no dropout: training's usual call."""
+    flat, hidden, _, lora_a, lora_bs, weights = saved
+    assert flat is not None and hidden is not None and lora_a is not None
+    a_dtype, b_dtype = adapter_dtypes[0]
+    one_dtype = all(pair == (a_dtype, b_dtype) for pair in adapter_dtypes[1:])
+    if one_dtype and a_dtype == b_dtype:
+        route = kernel_route("backward", flat, weights, lora_a.shape[0])
+        if route is not None:
+            from .kernels.lora_layer import lora_backward
+
+            cast_weights = [cast(weight, flat.dtype) for weight in weights]
+            dx, stacked, dbs = lora_backward(
+                flat_dys, flat, cast_weights, hidden, lora_a, lora_bs, scaling, a_dtype, route=route
+            )
+            return dx, [*_rows_of(stacked, lora_bs)], [*dbs]
+    dh = _hidden_gradients(flat_dys, lora_bs, scaling)
+    columns = zip(flat_dys, _columns(hidden, lora_bs), adapter_dtypes, strict=True)
+    db: list[Tensor | None] = [tall_product(dy, part, dtype) for dy, part, (_, dtype) in columns]
+    # A product over A's of two dtypes is made in the wider one and rounded from there.
+    widest = a_dtype if one_dtype else max((a for a, _ in adapter_dtypes), key=lambda dtype: dtype.itemsize)
+    da_rows = _rows_of(tall_product(dh, flat, widest), lora_bs)
+    da: list[Tensor | None] = [cast(part, a) for part, (a, _) in zip(da_rows, adapter_dtypes, strict=True)]
+    dx = input_gradient(flat_dys, [cast(weight, dh.dtype) for weight in weights], (dh, lora_a))
+    return dx, da, db
+
+
+def _rows_of(stacked: Tensor, lora_bs: Sequence[Tensor]) -> list[Tensor]:
+    """Return each layer's rows of ``(R, K)``."""
+    if len(lora_bs) == 1:
+        return [stacked]
+    return list(stacked.split_with_sizes([lora_b.shape[1] for lora_b in lora_bs]))
+
+
+def _hidden_gradients(flat_dys: Sequence[Tensor | None], lora_bs: Sequence[Tensor], scaling: float) -> Tensor:
+    """Return dh ``(M, R)``, zero in the columns of unused outputs."""
+    if len(flat_dys) == 1 and flat_dys[0] is not None:
+        return scaled_product(flat_dys[0], lora_bs[0], scaling)
+    like = next(dy for dy in flat_dys if dy is not None)
+    dh = like.new_empty(like.shape[0], sum(lora_b.shape[1] for lora_b in lora_bs))
+    for part, dy, lora_b in zip(_columns(dh, lora_bs), flat_dys, lora_bs, strict=True):
+        if dy is None:
+            part.zero_()
+        else:
+            hidden_gradient(part, dy, lora_b, scaling)
+    return dh
+
+
+def _a_gradients(
+    dh: Tensor,
+    saved: Saved,
+    needs: Needs,
+    used: Sequence[int],
+    adapter_dtypes: Sequence[tuple[torch.dtype, torch.dtype]],
+    dropout_p: float,
+) -> list[Tensor | None]:
+    """Return dA of each layer: rows of one product over all of them."""
+    flat, seed = saved.flat, saved.seed
+    assert flat is not None
+    dropped = flat if seed is None else dropout_ops(flat).dropout(flat, dropout_p, seed)
+    wanted = [i in used and needs.a[i] for i in range(len(needs.a))]
+    dtypes = {a for (a, _), want in zip(adapter_dtypes, wanted, strict=True) if want}
+    # A product over A's of two dtypes is made in the wider one and rounded from there.
+    product = tall_product(dh, dropped, max(dtypes, key=lambda dtype: dtype.itemsize))
+    parts = _rows_of(product, saved.lora_bs)
+    return [
+        cast(part, a) if want else None
+        for part, (a, _), want in zip(parts, adapter_dtypes, wanted, strict=True)
+    ]
