@@ -237,6 +237,9 @@ def configure_monteclora(model: nn.Module, adapter_name: str | None = None, **op
 
         bayeslora.configure_monteclora(model, resample="step", estimator="mixture")
 
+    Draws are counted from 1 in every process: give a resumed run another ``seed``. A recorded CUDA graph
+    keeps the options it was recorded with, but for ``sample_scaler``.
+
     Args:
         model: a patched model with MonteCLoRA layers.
         adapter_name: the adapter; None for the active ones.

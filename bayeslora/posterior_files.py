@@ -113,12 +113,13 @@ def _load_into(
     mean: dict[str, Tensor],
     hess: dict[str, Tensor],
 ) -> Posterior:
-    from peft import set_peft_model_state_dict
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     adapter = _active_adapter(model)
     names = {key: name for name, key in _peft_keys(model, adapter).items()}
     by_name = dict(model.named_parameters())
-    expected = {key: tuple(by_name[name].shape) for key, name in names.items() if name in by_name}
+    held = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    expected = {key: tuple(value.shape) for key, value in held.items()}  # parameters, and buffers if any
     _check_shapes(folder / ADAPTER_WEIGHTS, {k: tuple(v.shape) for k, v in mean.items()}, expected)
     set_peft_model_state_dict(model, dict(mean), adapter_name=adapter)
     parameters = {}

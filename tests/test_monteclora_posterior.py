@@ -159,3 +159,17 @@ def test_damaged_folders_are_named_and_leave_the_model(posterior, tmp_path):
 def test_a_model_without_monteclora_is_named():
     with pytest.raises(ValueError, match=r"call bayeslora.patch\(model\)"):
         Posterior.from_monteclora(peft_model())
+
+
+def test_ivons_posterior_over_a_monteclora_adapter_comes_back_from_disk(tmp_path):
+    model = patched_model()
+    opt = bayeslora.IVON([p for p in model.parameters() if p.requires_grad], lr=1e-2, ess=1e4)
+    with opt.sampled_params(train=True):
+        model(**BATCH).loss.backward()
+    opt.step()
+    posterior = Posterior.from_optimizer(model, opt)
+    posterior.save_pretrained(tmp_path)
+    loaded = Posterior.from_pretrained(tiny_llama(), tmp_path)
+    with posterior.sample(seed=3), loaded.sample(seed=3):
+        expected, found = dict(model.named_parameters()), dict(loaded.model.named_parameters())
+        assert all(torch.equal(found[name], expected[name]) for name in posterior.parameters)
