@@ -286,8 +286,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=None)
     parser.add_argument("--tokens", type=int, nargs="+", default=[], help="only these M")
     parser.add_argument("--ranks", type=int, nargs="+", default=[], help="only these r")
+    parser.add_argument("--layers", nargs="+", default=list(LAYERS), choices=LAYERS)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--fp16", action="store_true", help="fp16 in place of bf16, into a file of its own")
     arguments = parser.parse_args()
+    if arguments.fp16:
+        globals()["DTYPE"] = torch.float16
     if not CUDA:
         print("no GPU: tiny sizes on the plain-torch twin, by the host's clock; the ratios mean nothing")
     rows: list[dict[str, object]] = [host_cost(100 if CUDA else 2)]
@@ -297,6 +301,8 @@ def main() -> None:
     for name, m, r in CASES:
         if (arguments.tokens and m not in arguments.tokens) or (arguments.ranks and r not in arguments.ranks):
             continue
+        if name not in arguments.layers:
+            continue
         row = run_case(name, m, r, arguments.rounds)
         rows.append(row)
         base = row["both"]["base"]["median_us"]
@@ -304,7 +310,7 @@ def main() -> None:
             f"{name:11} M {m} r {r:2} base {base:8.1f} us ",
             json.dumps([ratios(row, d) for d, _, _ in DIRECTIONS]),
         )
-        measure.write_results("lora_linear", rows, arguments.output)
+        measure.write_results(f"lora_linear{'_fp16' * arguments.fp16}", rows, arguments.output)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ takes the route of the nearest one that was, and only where that is safe to say:
 - and, for a route of our own, its tiles would fill the GPU's multiprocessors: a last wave that is cut
   short is what our GEMM loses by, and a neighbour's measurement does not show it.
 
-Everything else is "cublas", which is never wrong.
+A GPU with the same chip as a measured one takes that one's table (`_SAME_CHIP`). Everything else is
+"cublas", which is never wrong.
 """
 
 import math
@@ -27,6 +28,7 @@ OVERLAP = "overlap"
 
 _RANKS = 4  # a measured rank speaks for ranks down to a quarter of it: the kernels pad to 16 and 64
 
+_SAME_CHIP = {"NVIDIA H200": "NVIDIA H100 80GB HBM3"}  # faster memory; whole models were measured on it
 _NEAR = 0.5  # in log2
 _FULL = 0.85  # share of the multiprocessors at work, over the waves of a GEMM
 _GEMM_TILE = 128 * 256
@@ -58,7 +60,7 @@ def lookup(device: str, dtype: torch.dtype, op: str, m: int, n: int, k: int, r: 
     Returns:
         "cublas"; for a layer also "products" or "overlap"; for a product the numbers of its kernel's tiles.
     """
-    entry = TABLE.get(device)
+    entry = TABLE.get(_SAME_CHIP.get(device, device))
     if entry is None or str(dtype) != entry["dtype"] or m < 1:
         return CUBLAS
     rows = entry["routes"].get(op, {})

@@ -144,6 +144,7 @@ def table(monkeypatch):
         "routes": {"gemm_nk": rows, "xa": narrow},
     }
     monkeypatch.setattr(lora_routes, "TABLE", {"GPU": entry})
+    monkeypatch.setattr(lora_routes, "_SAME_CHIP", {"same chip": "GPU"})
     lora_routes.lookup.cache_clear()
     yield
     lora_routes.lookup.cache_clear()
@@ -164,6 +165,7 @@ def table(monkeypatch):
         (("GPU", "gemm_kn", 1024, 4096, 512, 16), "cublas"),  # an operation never measured
         (("GPU", "xa", 1100, 0, 512, 8), (7, 8)),
         (("other", "gemm_nk", 1024, 4096, 512, 16), "cublas"),
+        (("same chip", "gemm_nk", 1024, 4096, 512, 16), (1, 2)),
     ],
 )
 def test_lookup_is_conservative(case, route, table):
