@@ -12,6 +12,7 @@ Before a pair is timed, the patched layers' loss and adapter gradients must be P
 
 import argparse
 import copy
+import gc
 import json
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -169,6 +170,7 @@ def quantized(shape: dict[str, int]) -> Iterator[dict]:
         checked = {"patched": check(rows[0], rows[1])}
         yield timed(f"{kind}, all-linear r16", rows, [("patched", "PEFT")], checked)
         del model, rows
+        gc.collect()
         if CUDA:
             torch.cuda.empty_cache()
 

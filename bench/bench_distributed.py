@@ -14,6 +14,7 @@ TOLERANCE of the way the mean has moved (the same sums in other orders, in bf16)
 """
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -252,6 +253,7 @@ def main() -> None:
         results.append(measure(job, adapters))
         if dist.get_rank() == 0:
             report(results[-1])
+        gc.collect()  # the models, which DDP and FSDP2 hold in cycles
         if cuda:
             torch.cuda.empty_cache()
     if dist.get_rank() == 0:
