@@ -24,7 +24,6 @@ from .lora_products import cast, dropout_ops, scaled_product, tall_product
 from .patching import _VARIANT_NAMES, _active_adapters, _unsupported_adapter
 
 _SEED_RANGE = 2**63 - 1
-_unsafe_view = torch.ops.aten._unsafe_view.default
 
 
 class LoRAAddFunction(torch.autograd.Function):
@@ -46,11 +45,12 @@ class LoRAAddFunction(torch.autograd.Function):
         flat = cast(x, dtype).reshape(-1, x.shape[-1])
         a, b = cast(lora_a, dtype), cast(lora_b, dtype)
         hidden = scaled_product(_dropped(flat, dropout_p, seed), a.t(), scaling)
-        flat_base = base.reshape(-1, base.shape[-1])
         if base.dtype == dtype:
-            y = torch.addmm(flat_base, hidden, b.t())
+            y = torch.empty(base.shape, dtype=dtype, device=base.device)  # not a view: callers may change it
+            flat_y = y.view(-1, base.shape[-1])
+            torch.addmm(base.reshape(flat_y.shape), hidden, b.t(), out=flat_y)
         else:
-            y = flat_base + torch.mm(hidden, b.t()).to(base.dtype)
+            y = base + torch.mm(hidden, b.t()).to(base.dtype).view(base.shape)
         _, needs_x, needs_a, needs_b, *_ = ctx.needs_input_grad
         ctx.save_for_backward(
             flat if needs_a else None,
@@ -59,38 +59,47 @@ class LoRAAddFunction(torch.autograd.Function):
             a if needs_x else None,
             b if needs_x or needs_a else None,
         )
-        ctx.scaling, ctx.dropout_p, ctx.dtype = scaling, dropout_p, dtype
-        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
-        ctx.adapter_dtypes = lora_a.dtype, lora_b.dtype
-        return _unsafe_view(y, base.shape)
+        ctx.settings = scaling, dropout_p, dtype, x.shape, x.dtype, lora_a.dtype, lora_b.dtype
+        return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Return the gradients of base, x, A and B."""
-        with torch.autocast(dy.device.type, enabled=False):
-            return dy, *_gradients(ctx, dy), None, None, None, None
+        # Both wrappers cost the host as much as a product, in code that waits for the host.
+        if torch.is_grad_enabled():
+            return _once_differentiable(ctx, dy)
+        if torch.is_autocast_enabled(dy.device.type):
+            return _without_autocast(ctx, dy)
+        return _gradients(ctx, dy)
 
 
 def _dropped(flat: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
     return flat if seed is None else dropout_ops(flat).dropout(flat, dropout_p, seed)
 
 
-def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     flat, hidden, seed, a, b = ctx.saved_tensors
+    scaling, dropout_p, dtype, x_shape, x_dtype, a_dtype, b_dtype = ctx.settings
     _, needs_x, needs_a, needs_b, *_ = ctx.needs_input_grad
-    flat_dy = cast(dy, ctx.dtype).reshape(-1, dy.shape[-1])
+    flat_dy = cast(dy, dtype).reshape(-1, dy.shape[-1])
     dx = da = db = None
     if needs_b:
-        db = tall_product(flat_dy, hidden, ctx.adapter_dtypes[1])
+        db = tall_product(flat_dy, hidden, b_dtype)
     if needs_x or needs_a:
-        dh = scaled_product(flat_dy, b, ctx.scaling)
+        dh = scaled_product(flat_dy, b, scaling)
         if needs_a:
-            da = tall_product(dh, _dropped(flat, ctx.dropout_p, seed), ctx.adapter_dtypes[0])
+            da = tall_product(dh, _dropped(flat, dropout_p, seed), a_dtype)
         if needs_x:
-            dx = _dropped(torch.mm(dh, a), ctx.dropout_p, seed)
-            dx = cast(dx, ctx.x_dtype).view(ctx.x_shape)
-    return dx, da, db
+            dx = cast(_dropped(torch.mm(dh, a), dropout_p, seed), x_dtype).view(x_shape)
+    return dy, dx, da, db, None, None, None, None
+
+
+def _without_autocast(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    with torch.autocast(dy.device.type, enabled=False):
+        return _gradients(ctx, dy)
+
+
+_once_differentiable = once_differentiable(_without_autocast)
 
 
 def add_lora(
