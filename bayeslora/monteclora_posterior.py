@@ -28,7 +28,8 @@ from bayeslora import monteclora_math as mm
 from bayeslora._backend import monteclora_kernels
 from bayeslora.monteclora_bank import MontecloraBank
 from bayeslora.monteclora_part import Part
-from bayeslora.posterior import Posterior, _check_variance_scale
+from bayeslora.posterior import Posterior
+from bayeslora.posterior_predict import check_scale
 
 _SHAPING = ("estimator", "dirichlet", "perturb", "outer_samples", "sparse")
 _MOMENT_DRAWS = 1024
@@ -65,7 +66,9 @@ class MontecloraPosterior(Posterior):
     # ---- samples -------------------------------------------------------------------------------------
 
     @contextmanager
-    def sample(self, seed: int, variance_scale: float = 1.0) -> Iterator[None]:
+    def sample(
+        self, seed: int, variance_scale: float = 1.0, *, ess_scale: float | None = None
+    ) -> Iterator[None]:
         """Put sample ``seed`` into the perturbed matrices; put back what they held at the end.
 
         The layers draw no noise of their own meanwhile, also in train mode.
@@ -73,11 +76,12 @@ class MontecloraPosterior(Posterior):
         Args:
             seed: 64-bit name of the sample.
             variance_scale: factor on the variance, >= 0 (0: the mean).
+            ess_scale: the same as its inverse, > 0.
 
         Raises:
-            ValueError: ``variance_scale`` is negative or not finite.
+            ValueError: a scale is out of range, or both are given.
         """
-        _check_variance_scale(variance_scale)
+        variance_scale = check_scale(variance_scale, ess_scale)
         tensors = [p for matrices in self._parts for p in matrices.parameters]
         before, paused = [p.detach().clone() for p in tensors], self._bank.paused
         self._bank.paused = True

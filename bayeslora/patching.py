@@ -20,6 +20,7 @@ from .lora_linear import apply_layers
 from .monteclora import attach as attach_monteclora
 from .monteclora import check_layers as check_monteclora
 from .monteclora import detach as detach_monteclora
+from .posterior_batched import SLOT, LayerSamples, NotBatched, _check_active
 
 _logger = logging.getLogger("bayeslora")
 
@@ -42,6 +43,8 @@ class FusedLoraLinear(PeftLoraLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the layer; arguments and result are those of PEFT's own forward."""
+        if SLOT in self.__dict__:
+            return _sampled_forward(self, x, args, kwargs)
         if not (args or kwargs or self._disable_adapters or self.merged_adapters):
             adapters = _active_adapters(self)
             if len(adapters) == 1 and _unsupported(self, adapters[0]) is None and _fits(self, x):
@@ -174,6 +177,8 @@ def _sibling_call(layer: nn.Module, x: Tensor) -> LoraCall | None:
     """
     if type(layer) is not FusedLoraLinear or layer._disable_adapters or layer.merged_adapters:
         return None
+    if SLOT in layer.__dict__:
+        return None
     if layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
         return None
     adapters = _active_adapters(layer)
@@ -193,6 +198,16 @@ def _fused_forward(layer: PeftLoraLinear, x: Tensor, adapter: str) -> Tensor:
         if y is not None:
             return y
     return apply_layers(x, (call.tensors(),), call.scaling, call.dropout_p)[0]
+
+
+def _sampled_forward(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Apply the layer with a posterior sample for each group of rows, as the open context says."""
+    samples: LayerSamples = layer.__dict__[SLOT]
+    if args or kwargs or not _fits(layer, x):
+        raise NotBatched(f"a call of {type(layer).__name__} that the fused forward does not serve")
+    _check_active(layer, samples.adapter)
+    call = _lora_call(layer, samples.adapter)
+    return samples.apply(x, call.tensors().weight, call.bias, call.scaling)
 
 
 def _lora_layers(model: nn.Module) -> Iterator[LoraLayer]:

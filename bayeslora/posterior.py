@@ -9,7 +9,7 @@ Paper: Cong et al., "Improving LoRA with variational learning" (2025), for pruni
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from os import PathLike
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from bayeslora._backend import ivon_kernels
 from bayeslora.ivon_distributed import fsdp_modules, is_sharded, part_like, reshard, shard_of
 from bayeslora.kernels.param_bucket import HYPER_WIDTH, ParamBucket, state_dtype
+from bayeslora.posterior_predict import check_scale, check_seeds, generate, predict
 
 if TYPE_CHECKING:
     from bayeslora.ivon import IVON
@@ -68,6 +69,7 @@ class Posterior:
         self._buckets: list[ParamBucket] | None = None
         self._bucket_key: list[Any] = []
         self._fsdp_modules: list[nn.Module] = []
+        self._stds: dict[int, tuple[Any, Tensor]] = {}
 
     # ---- where it comes from ---------------------------------------------------------------------
 
@@ -155,7 +157,9 @@ class Posterior:
     # ---- samples ---------------------------------------------------------------------------------
 
     @contextmanager
-    def sample(self, seed: int, variance_scale: float = 1.0) -> Iterator[None]:
+    def sample(
+        self, seed: int, variance_scale: float = 1.0, *, ess_scale: float | None = None
+    ) -> Iterator[None]:
         """Put sample ``seed`` into the model's parameters; put back what they held at the end.
 
         θ = m + sqrt(variance_scale) · σ z(seed), cast to each parameter's dtype.
@@ -163,11 +167,12 @@ class Posterior:
         Args:
             seed: 64-bit name of the sample.
             variance_scale: factor on the variance, >= 0 (0: the mean).
+            ess_scale: the same as a factor on λ: ``1 / variance_scale``, > 0.
 
         Raises:
-            ValueError: ``variance_scale`` is negative or not finite.
+            ValueError: a scale is out of range, or both are given.
         """
-        _check_variance_scale(variance_scale)
+        variance_scale = check_scale(variance_scale, ess_scale)
         buckets = self._current_buckets()
         tensors = [p for bucket in buckets for p in bucket.params]
         before = [p.detach().clone() for p in tensors]
@@ -227,37 +232,104 @@ class Posterior:
             buckets.append(bucket)
         return buckets
 
-    @torch.no_grad()
     def predict(
-        self, batch: Any, num_samples: int = 10, seed: int = 0, variance_scale: float = 1.0
+        self,
+        batch: Any,
+        num_samples: int | None = None,
+        seed: int = 0,
+        variance_scale: float = 1.0,
+        *,
+        ess_scale: float | None = None,
+        seeds: Sequence[int] | None = None,
+        batched: bool = False,
+        max_batch: int | None = None,
+        average: bool = True,
     ) -> Tensor:
         """Return the posterior predictive probabilities, (1/S) Σ_s softmax(model(batch; θ_s)).
 
-        Sample s is ``sample(seed + s)``. The model is in eval mode meanwhile.
+        Sample s is ``sample(seeds[s])``. The model is in eval mode meanwhile.
+
+        With ``batched`` the samples are one pass: the batch is repeated S times, and each patched layer
+        perturbs its rows by their sample (``posterior_batched.py``). The result is that of one pass a
+        sample, up to the rounding of the products. Where that cannot be (a perturbed head or bias, a
+        quantized base, MonteCLoRA, an unpatched model) the samples run one after another, and one log line
+        says why.
 
         Args:
             batch: a mapping (passed as keyword arguments), a tensor, or a tuple of positional arguments.
-            num_samples: S >= 1.
-            seed: name of the first sample.
+            num_samples: S >= 1; 10 where neither it nor ``seeds`` is given.
+            seed: name of the first sample; the others count on from it.
             variance_scale: factor on the variance, >= 0.
+            ess_scale: the same as a factor on λ: ``1 / variance_scale``, > 0.
+            seeds: names of the samples, instead of ``seed``.
+            batched: all samples in one pass.
+            max_batch: rows of one pass, of all samples together; None for no limit. More samples than fit
+                go in several passes, and a pass that runs out of memory is halved.
+            average: False returns each sample's probabilities.
 
         Returns:
-            fp32 probabilities ``(batch, ..., classes)``, in the shape of the model's logits.
+            fp32 probabilities ``(batch, ..., classes)``, in the shape of the model's logits; with
+            ``average=False`` ``(S, batch, ..., classes)``.
 
         Raises:
-            ValueError: ``num_samples`` or ``variance_scale`` is out of range.
+            ValueError: ``num_samples``, ``seeds``, a scale or ``max_batch`` is out of range.
         """
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be >= 1, got {num_samples!r}")
-        _check_variance_scale(variance_scale)
-        total: Tensor | None = None
-        with _eval_mode(self.model):
-            for s in range(num_samples):
-                with self.sample(seed + s, variance_scale):
-                    probabilities = _logits(_call(self.model, batch)).float().softmax(dim=-1)
-                total = probabilities if total is None else total.add_(probabilities)
-        assert total is not None
-        return total.div_(num_samples)
+        scale = check_scale(variance_scale, ess_scale)
+        names = check_seeds(num_samples, seed, seeds, default=10)
+        return predict(self, batch, names, scale, batched=batched, max_batch=max_batch, average=average)
+
+    def generate(
+        self,
+        inputs: Any,
+        num_samples: int | None = None,
+        seed: int = 0,
+        variance_scale: float = 1.0,
+        *,
+        ess_scale: float | None = None,
+        seeds: Sequence[int] | None = None,
+        num_return_sequences: int = 1,
+        batched: bool = True,
+        max_batch: int | None = None,
+        **settings: Any,
+    ) -> Tensor:
+        """Generate from every posterior sample: S models' answers, as one batch with one KV cache.
+
+        ``generate(x, S)[s]`` is what ``model.generate(x)`` gives under ``sample(seeds[s])``, for greedy and
+        beam search; with ``do_sample=True`` it follows the same distribution, but the draws of tokens are
+        torch's and depend on the batch. Falls back to one sample after another as :meth:`predict` does.
+
+        Args:
+            inputs: prompt ids ``(batch, length)`` int64, or a mapping as a tokenizer returns it.
+            num_samples: S >= 1; 8 where neither it nor ``seeds`` is given.
+            seed: name of the first sample; the others count on from it.
+            variance_scale: factor on the variance, >= 0.
+            ess_scale: the same as a factor on λ, > 0.
+            seeds: names of the samples, instead of ``seed``.
+            num_return_sequences: k sequences a prompt and sample (with sampling or beams).
+            batched: False runs one sample after another.
+            max_batch: sequences of one pass, of all samples and beams together; None for no limit.
+            settings: passed to transformers' ``generate``; tensors with one row a prompt are repeated.
+
+        Returns:
+            int64 token ids ``(S, batch, k, length)``, the prompt first as ``generate`` returns it, and the
+            model's padding token after the end of shorter ones.
+
+        Raises:
+            ValueError: an argument is out of range, or one that belongs to a single sample is given.
+            TypeError: the model has no ``generate``.
+        """
+        scale = check_scale(variance_scale, ess_scale)
+        names = check_seeds(num_samples, seed, seeds, default=8)
+        return generate(
+            self,
+            inputs,
+            names,
+            scale,
+            num_return_sequences=num_return_sequences,
+            batched=batched,
+            max_batch=max_batch,
+            settings=settings,
+        )
 
     # ---- the Gaussian itself ---------------------------------------------------------------------
 
@@ -321,34 +393,3 @@ def find_ivon(optimizer: Any) -> IVON:
     if not isinstance(inner, IVON):
         raise TypeError(f"optimizer must be a bayeslora.IVON, got {type(inner).__name__}")
     return inner
-
-
-def _check_variance_scale(variance_scale: float) -> None:
-    if not 0.0 <= variance_scale < math.inf:
-        raise ValueError(f"variance_scale must be finite and >= 0, got {variance_scale!r}")
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _call(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, tuple) else model(batch)
-
-
-def _logits(output: Any) -> Tensor:
-    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(logits, Tensor):
-        raise TypeError(
-            f"the model must return logits or have .logits in its output, got {type(output).__name__}"
-        )
-    return logits

@@ -1,0 +1,366 @@
+"""Several posterior samples in one pass: predict and generate equal one pass a sample, sample for sample."""
+
+import logging
+import re
+
+import pytest
+import torch
+import torch._dynamo.testing
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from bayeslora import IVON, Posterior, patch, unpatch
+from bayeslora.posterior_batched import SLOT
+
+PROMPT = torch.randint(3, 50, (2, 5), generator=torch.Generator().manual_seed(0))
+SEEDS = [7, 2**64 - 3, 11]
+
+
+def _llama_config():
+    return LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+
+
+def _base(kind):
+    torch.manual_seed(0)
+    if kind == "llama":
+        return LlamaForCausalLM(_llama_config()), "all-linear"
+    if kind == "gpt2":
+        config = GPT2Config(
+            vocab_size=50,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            initializer_range=0.3,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+        return GPT2LMHeadModel(config), ["c_attn", "c_proj", "c_fc"]
+    config = T5Config(
+        vocab_size=50, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0,
+        initializer_factor=4.0,
+    )  # fmt: skip
+    return T5ForConditionalGeneration(config), ["q", "v", "wi", "wo"]
+
+
+def _posterior(base, targets, task="CAUSAL_LM", ess=20.0, **settings):
+    torch.manual_seed(1)
+    config = LoraConfig(r=3, target_modules=targets, task_type=task, lora_dropout=0.1, **settings)
+    model = patch(get_peft_model(base, config))
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data.normal_(std=0.2)
+    opt = IVON([p for p in model.parameters() if p.requires_grad], lr=0.1, ess=ess, hess_init=1.0)
+    posterior = Posterior.from_optimizer(model, opt)
+    for g in posterior.parameters.values():  # a Hessian of its own for every element
+        g.hess.uniform_(0.3, 3.0)
+    return posterior
+
+
+def _of_kind(kind):
+    base, targets = _base(kind)
+    return _posterior(base, targets, "SEQ_2_SEQ_LM" if kind == "t5" else "CAUSAL_LM")
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return _of_kind("llama")
+
+
+def _state(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def _unchanged(model, before):
+    held = all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    return held and not any(SLOT in module.__dict__ for module in model.modules())
+
+
+def _lines(caplog):
+    return [record.message for record in caplog.records if record.name == "bayeslora"]
+
+
+def _in_turn(posterior, run):
+    results = []
+    posterior.model.eval()
+    for seed in SEEDS:
+        with posterior.sample(seed), torch.no_grad():
+            results.append(run())
+    return torch.stack(results)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_predict_is_one_pass_a_sample(kind, caplog):
+    posterior = _of_kind(kind)
+    model = posterior.model
+    before = _state(model)
+    batch = {"input_ids": PROMPT, "attention_mask": torch.ones_like(PROMPT)}
+    expected = _in_turn(posterior, lambda: model(**batch).logits.softmax(-1))
+    assert (expected[0] - expected[1]).abs().max() > 0.05  # samples that differ, or the test sees nothing
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    with caplog.at_level(logging.INFO, "bayeslora"):
+        found = posterior.predict(batch, seeds=SEEDS, batched=True, average=False)
+    assert len(calls) == 1 and not _lines(caplog)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    averaged = posterior.predict(batch, seeds=SEEDS, batched=True)
+    torch.testing.assert_close(averaged, expected.mean(0), rtol=1e-4, atol=1e-5)
+    assert _unchanged(model, before)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3, "num_return_sequences": 2}], ids=["greedy", "beams"])
+def test_generate_is_one_generate_a_sample(kind, how):
+    posterior = _of_kind(kind)
+    model = posterior.model
+    before = _state(model)
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, **how}
+    k = how.get("num_return_sequences", 1)
+
+    def padded():
+        tokens = model.generate(input_ids=PROMPT, **settings).view(2, k, -1)
+        return nn.functional.pad(tokens, (0, 14 - tokens.shape[-1]))
+
+    expected = _in_turn(posterior, padded)
+    assert not torch.equal(expected[0], expected[1])
+    found = posterior.generate(PROMPT, seeds=SEEDS, **settings)
+    assert found.shape[:3] == (3, 2, k)
+    assert torch.equal(nn.functional.pad(found, (0, 14 - found.shape[-1])), expected)
+    assert _unchanged(model, before)
+
+
+def test_the_sequential_route_and_chunks_give_the_same(llama):
+    batch = {"input_ids": PROMPT}
+    whole = llama.generate(batch, 3, max_new_tokens=6, do_sample=False)
+    for how in ({"batched": False}, {"max_batch": 2}, {"max_batch": 5}):
+        assert torch.equal(llama.generate(batch, 3, max_new_tokens=6, do_sample=False, **how), whole)
+    expected = llama.predict(batch, 3, batched=False, average=False)
+    for most in (1, 4, None):
+        found = llama.predict(batch, 3, batched=True, average=False, max_batch=most)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_sampled_tokens_come_from_every_sample(llama):
+    torch.manual_seed(0)
+    found = llama.generate(PROMPT, 4, num_return_sequences=3, max_new_tokens=6, do_sample=True)
+    assert found.shape[:3] == (4, 2, 3)
+    assert torch.equal(found[..., :5], PROMPT[None, :, None].expand(4, 2, 3, 5))
+    assert len({tuple(row.tolist()) for row in found[:, 0].flatten(0, 1)}) > 6
+
+
+def test_memory_that_runs_out_halves_the_chunk(llama, caplog):
+    model, rows = llama.model, []
+    before = _state(model)
+
+    def refuse(_module, _args, kwargs):
+        rows.append(len(kwargs["input_ids"]))
+        if rows[-1] > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    handle = model.register_forward_pre_hook(refuse, with_kwargs=True)
+    try:
+        expected = llama.predict({"input_ids": PROMPT}, 5, average=False)
+        rows.clear()
+        with caplog.at_level(logging.INFO, "bayeslora"):
+            found = llama.predict({"input_ids": PROMPT}, 5, batched=True, average=False)
+    finally:
+        handle.remove()
+    assert rows == [10, 6, 4, 4, 2]
+    assert _lines(caplog) == [
+        "out of memory with 5 samples at once; going on with 3",
+        "out of memory with 3 samples at once; going on with 2",
+    ]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert _unchanged(model, before)
+
+
+def test_out_of_memory_with_one_sample_is_raised(llama):
+    def refuse(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    before = _state(llama.model)
+    handle = llama.model.register_forward_pre_hook(refuse)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            llama.predict({"input_ids": PROMPT}, 2, batched=True)
+    finally:
+        handle.remove()
+    assert _unchanged(llama.model, before)
+
+
+def test_an_interrupted_generation_leaves_the_mean(llama):
+    class Stop(Exception):
+        pass
+
+    def interrupt(*_):
+        raise Stop
+
+    before = _state(llama.model)
+    llama.model.train()
+    for batched in (True, False):
+        with pytest.raises(Stop):
+            llama.generate(PROMPT, 2, max_new_tokens=4, stopping_criteria=[interrupt], batched=batched)
+        assert _unchanged(llama.model, before)
+    assert llama.model.training
+    llama.model.eval()
+
+
+def _head():
+    config = _llama_config()
+    config.num_labels = 3
+    torch.manual_seed(0)
+    return _posterior(LlamaForSequenceClassification(config), ["q_proj", "v_proj"], "SEQ_CLS")
+
+
+def _unpatched():
+    posterior = _of_kind("llama")
+    unpatch(posterior.model)
+    return posterior
+
+
+def _bf16_adapters():
+    posterior = _of_kind("llama")
+    for g in posterior.parameters.values():
+        g.parameter.data = g.parameter.data.bfloat16()
+    return posterior
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (_head, "score.*is not lora_A or lora_B"),
+        (_unpatched, "is not lora_A or lora_B"),
+        (_bf16_adapters, "bfloat16 adapters"),
+        (lambda: _posterior(*_base("llama"), use_dora=True), "is not lora_A|DoRA"),
+    ],
+    ids=["head", "unpatched", "bf16", "dora"],
+)
+def test_what_cannot_share_a_pass_runs_in_turn_and_says_so(make, reason, caplog):
+    posterior = make()
+    before = _state(posterior.model)
+    expected = posterior.predict({"input_ids": PROMPT}, seeds=SEEDS, average=False)
+    with caplog.at_level(logging.INFO, "bayeslora"):
+        found = posterior.predict({"input_ids": PROMPT}, seeds=SEEDS, batched=True, average=False)
+    assert torch.equal(found, expected)
+    (line,) = _lines(caplog)
+    assert re.match(f"samples run one after another: .*({reason})", line)
+    assert _unchanged(posterior.model, before)
+
+
+def test_only_some_matrices_perturbed_and_pruned_ones():
+    base, targets = _base("llama")
+    posterior = _posterior(base, targets)
+    for name in list(posterior.parameters):
+        if "q_proj.lora_A" in name or "up_proj" in name:
+            del posterior.parameters[name]
+    posterior.prune(0.3)
+    expected = posterior.predict({"input_ids": PROMPT}, seeds=SEEDS, average=False, variance_scale=0.5)
+    for scale in ({"variance_scale": 0.5}, {"ess_scale": 2.0}):
+        found = posterior.predict({"input_ids": PROMPT}, seeds=SEEDS, batched=True, average=False, **scale)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_many_samples_and_fp64():
+    posterior = _of_kind("llama")
+    posterior.model.double()
+    for g in posterior.parameters.values():
+        g.mean, g.hess = g.mean.double(), g.hess.double()
+    batch = {"input_ids": PROMPT[:1, :1]}
+    expected = posterior.predict(batch, 65, average=False)
+    found = posterior.predict(batch, 65, average=False, batched=True)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"num_samples": 0}, "num_samples must be >= 1"),
+        ({"num_samples": -2}, "num_samples must be >= 1"),
+        ({"num_samples": 2, "seeds": [1, 2, 3]}, "seeds has 3 elements for num_samples=2"),
+        ({"seeds": []}, "seeds has 0 elements"),
+        ({"variance_scale": -1.0}, "variance_scale must be finite"),
+        ({"variance_scale": float("nan")}, "variance_scale must be finite"),
+        ({"ess_scale": 0.0}, "ess_scale must be > 0"),
+        ({"ess_scale": 2.0, "variance_scale": 2.0}, "two names of one scale"),
+        ({"max_batch": 0}, "max_batch must be >= 1"),
+    ],
+)
+def test_bad_arguments(llama, arguments, match):
+    before = _state(llama.model)
+    for call in (llama.predict, llama.generate):
+        with pytest.raises(ValueError, match=match):
+            call({"input_ids": PROMPT}, **arguments)
+    assert _unchanged(llama.model, before)
+
+
+def test_bad_arguments_of_generate(llama):
+    with pytest.raises(TypeError, match="seeds must be integers"):
+        llama.generate(PROMPT, seeds=[0.5])
+    with pytest.raises(ValueError, match="num_return_sequences must be >= 1"):
+        llama.generate(PROMPT, 2, num_return_sequences=0)
+    with pytest.raises(ValueError, match="return_dict_in_generate belongs to one sample"):
+        llama.generate(PROMPT, 2, return_dict_in_generate=True)
+    linear = nn.Linear(3, 3)
+    posterior = IVON(linear.parameters(), lr=0.1, ess=10.0).posterior(linear)
+    with pytest.raises(TypeError, match="Linear has no generate"):
+        posterior.generate(PROMPT, 2)
+
+
+def test_a_compiled_model_is_one_graph_and_takes_new_samples(llama):
+    batch = {"input_ids": PROMPT}
+    expected = [llama.predict(batch, seeds=seeds, average=False) for seeds in (SEEDS, [3, 4, 5])]
+    llama.model.eval()
+    with torch.no_grad():
+        plain = llama.model.base_model.model(**batch).logits
+    inner = llama.model.base_model.model
+    counter = torch._dynamo.testing.CompileCounter()
+    inner.forward = torch.compile(inner.forward, backend=counter, fullgraph=True)
+    try:
+        for seeds, wanted in zip((SEEDS, [3, 4, 5]), expected, strict=True):
+            found = llama.predict(batch, seeds=seeds, average=False, batched=True)
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            torch.testing.assert_close(inner(**batch).logits, plain)
+    finally:
+        del inner.forward
+        torch._dynamo.reset()
+    assert counter.frame_count == 2  # with samples and without
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("samples", [3, 70])
+def test_kernels_agree_with_one_pass_a_sample(dtype, samples):
+    posterior = _of_kind("llama")
+    posterior.model.cuda()
+    for name, p in posterior.model.named_parameters():
+        if "lora_" not in name:
+            p.data = p.data.to(dtype)
+    for tokens in (PROMPT.cuda(), PROMPT[:1, :1].cuda()):
+        batch = {"input_ids": tokens}
+        expected = posterior.predict(batch, samples, average=False)
+        found = posterior.predict(batch, samples, average=False, batched=True)
+        slack = 1e-4 if dtype == torch.float32 else 0.05  # bf16 rounds the same sums in another order
+        torch.testing.assert_close(found, expected, rtol=slack, atol=slack)
+    if dtype == torch.float32:
+        settings = {"max_new_tokens": 8, "do_sample": False}
+        in_turn = posterior.generate(PROMPT.cuda(), samples, batched=False, **settings)
+        assert torch.equal(posterior.generate(PROMPT.cuda(), samples, **settings), in_turn)
