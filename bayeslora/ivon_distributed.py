@@ -167,12 +167,13 @@ def reshard(modules: Iterable[nn.Module]) -> None:
 
 def agree_on_nonfinite(buckets: Sequence[ParamBucket], groups: Sequence[dist.ProcessGroup]) -> None:
     """Raise the non-finite flag of every bucket on every rank if one bucket on one rank has raised it."""
-    home = buckets[0].device
+    home = max((bucket.device for bucket in buckets), key=lambda device: device.type == "cuda")
     flag = torch.stack([b.control[NONFINITE].to(home, non_blocking=True) for b in buckets]).amax()
     for group in groups:
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=group)
     for bucket in buckets:
-        bucket.control[NONFINITE].copy_(flag, non_blocking=True)
+        # To a CPU's memory the copy must be over before the twin reads it there.
+        bucket.control[NONFINITE].copy_(flag, non_blocking=bucket.device.type != "cpu")
 
 
 # ---- independent noise ---------------------------------------------------------------------------

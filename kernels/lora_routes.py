@@ -4,7 +4,8 @@
 generated from ``bench/results`` (``bench/lora_routes_sweep.py table``). A shape that was not measured
 takes the route of the nearest one that was, and only where that is safe to say:
 
-- same device name and dtype; a measured rank of at least r, and of at most 4 r (or 16);
+- same device name, bf16 or fp16 (which the tensor cores multiply at one rate: a layer measured in both
+  differs by 2%); a measured rank of at least r, and of at most 4 r (or 16);
 - N and K within a factor of √2; M too, except that more rows than measured count as the most measured;
 - and, for a route of our own, its tiles would fill the GPU's multiprocessors: a last wave that is cut
   short is what our GEMM loses by, and a neighbour's measurement does not show it.
@@ -29,6 +30,7 @@ OVERLAP = "overlap"
 _RANKS = 4  # a measured rank speaks for ranks down to a quarter of it: the kernels pad to 16 and 64
 
 _SAME_CHIP = {"NVIDIA H200": "NVIDIA H100 80GB HBM3"}  # faster memory; whole models were measured on it
+_HALF = (torch.bfloat16, torch.float16)
 _NEAR = 0.5  # in log2
 _FULL = 0.85  # share of the multiprocessors at work, over the waves of a GEMM
 _GEMM_TILE = 128 * 256
@@ -61,7 +63,7 @@ def lookup(device: str, dtype: torch.dtype, op: str, m: int, n: int, k: int, r: 
         "cublas"; for a layer also "products" or "overlap"; for a product the numbers of its kernel's tiles.
     """
     entry = TABLE.get(_SAME_CHIP.get(device, device))
-    if entry is None or str(dtype) != entry["dtype"] or m < 1:
+    if entry is None or dtype not in _HALF or m < 1:
         return CUBLAS
     rows = entry["routes"].get(op, {})
     most = max((key[0] for key in rows), default=0)

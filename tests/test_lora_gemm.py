@@ -171,7 +171,8 @@ def table(monkeypatch):
 def test_lookup_is_conservative(case, route, table):
     name, op, m, n, k, r = case
     assert lora_routes.lookup(name, torch.bfloat16, op, m, n, k, r) == route
-    assert lora_routes.lookup(name, torch.float16, op, m, n, k, r) == "cublas"
+    assert lora_routes.lookup(name, torch.float16, op, m, n, k, r) == route
+    assert lora_routes.lookup(name, torch.float32, op, m, n, k, r) == "cublas"
 
 
 def test_the_committed_table_is_well_formed():
