@@ -19,10 +19,12 @@ __all__ = [
     "capture_step",
     "configure_monteclora",
     "keep_gradients_local",
+    "mbr",
     "metrics",
     "monteclora_loss",
     "patch",
     "samplers",
+    "uncertainty",
     "unpatch",
 ]
 
@@ -42,7 +44,7 @@ _HOME = {
 }
 
 if TYPE_CHECKING:
-    from . import metrics, samplers
+    from . import mbr, metrics, samplers, uncertainty
     from .capture import capture_step
     from .ivon import IVON
     from .ivon_distributed import keep_gradients_local
@@ -55,7 +57,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("metrics", "samplers"):
+    if name in ("mbr", "metrics", "samplers", "uncertainty"):
         return import_module(f".{name}", __name__)
     if name in _HOME:
         return getattr(import_module(f".{_HOME[name]}", __name__), name)
