@@ -189,6 +189,10 @@ class Part:
         """Perturb all sites for a forward, by the next draw or again by the last."""
         if advance:
             self.counter.add_(1)
+        if self.current is not None:
+            # Its graph holds the priors' gradient accumulators, which keep the stream they were made on: a
+            # step that is recorded in a CUDA graph after eager ones must make its own.
+            self.current.priors = None
         std_prior, prior = self.priors()
         index = self.counter.clone()
         alpha = self.tables.per_copy(mm.concentrations(prior.detach()))

@@ -513,10 +513,24 @@ def test_a_replayed_graph_draws_fresh_noise():
     optimizer = torch.optim.AdamW(parameters, lr=0.0, capturable=True)
     step = bayeslora.capture_step(model, optimizer)
     batch = {name: value.cuda() for name, value in BATCH.items()}
+    for _ in range(2):
+        model(**batch).loss.backward()  # eager first, on another stream
     losses = [step(batch).item() for _ in range(8)]
     assert step.captured == 1
     assert len(set(losses)) == 8
-    assert bank_of(model).parts[0].counter.item() == 8
+    assert bank_of(model).parts[0].counter.item() == 10
+
+
+def test_a_forward_makes_its_own_gradient_accumulators():
+    """One kept from an earlier forward would run on that one's stream."""
+    model = patched_model()
+    prior = bank_of(model).layers[0].lora_monteclora_sampler["default"].std_prior
+    model(**BATCH).loss.backward()
+    earlier = prior.expand_as(prior).grad_fn.next_functions[0][0]
+    earlier.metadata["seen"] = True
+    del earlier
+    model(**BATCH).loss.backward()
+    assert "seen" not in prior.expand_as(prior).grad_fn.next_functions[0][0].metadata
 
 
 def test_layers_called_by_themselves_are_perturbed():
