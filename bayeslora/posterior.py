@@ -9,7 +9,7 @@ Paper: Cong et al., "Improving LoRA with variational learning" (2025), for pruni
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from os import PathLike
@@ -22,6 +22,7 @@ from bayeslora._backend import ivon_kernels
 from bayeslora.ivon_distributed import fsdp_modules, is_sharded, part_like, reshard, shard_of
 from bayeslora.kernels.param_bucket import HYPER_WIDTH, ParamBucket, state_dtype
 from bayeslora.posterior_predict import check_scale, check_seeds, generate, predict
+from bayeslora.posterior_sweeps import Predictions, Sweep, prune_sweep, variance_sweep
 
 if TYPE_CHECKING:
     from bayeslora.ivon import IVON
@@ -343,7 +344,6 @@ class Posterior:
         """The variance σ² = 1 / (λ (h + δ)) of each parameter, by name; 0 where it is pruned."""
         return {name: 1.0 / (g.ess * (g.hess + g.weight_decay)) for name, g in self.parameters.items()}
 
-    @torch.no_grad()
     def prune(self, ratio: float) -> int:
         """Zero the elements with the largest variance, per weight matrix, in the mean and every sample.
 
@@ -359,6 +359,11 @@ class Posterior:
         Raises:
             ValueError: ``ratio`` is out of range.
         """
+        return self._prune(ratio)
+
+    @torch.no_grad()
+    def _prune(self, ratio: float, order: torch.Generator | None = None) -> int:
+        """Prune by variance, or in the random order of a generator; see :meth:`prune`."""
         if not 0.0 <= ratio < 1.0:
             raise ValueError(f"ratio must be in [0, 1), got {ratio!r}")
         total = 0
@@ -366,7 +371,8 @@ class Posterior:
             hess = g.hess.view(-1)
             if g.hess.dim() >= 2:
                 # Within a tensor the variance falls with h; what is pruned already (h = inf) ranks first.
-                rank = torch.where(torch.isinf(hess), -math.inf, hess)
+                rank = hess if order is None else torch.rand(hess.shape, generator=order).to(hess.device)
+                rank = torch.where(torch.isinf(hess), -math.inf, rank)
                 chosen = torch.argsort(rank, stable=True)[: math.floor(ratio * hess.numel())]
                 hess[chosen] = math.inf
                 pruned = torch.isinf(g.hess)
@@ -377,6 +383,54 @@ class Posterior:
         self.pruned.append(ratio)
         self._buckets = None
         return total
+
+    def prune_sweep(
+        self,
+        data: Predictions | Iterable[tuple[Any, Tensor]],
+        ratios: Sequence[float] = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9),
+        *,
+        num_samples: int = 0,
+        random_seeds: Sequence[int] = (0, 1, 2),
+    ) -> Sweep:
+        """Measure the predictions at each pruning ratio, and with as much pruned at random as a control.
+
+        The posterior and the model are afterwards as they were.
+
+        Args:
+            data: ``(batch, labels)`` pairs of a classifier (``batch`` as for :meth:`predict`), or a function
+                that is called with ``num_samples`` and ``variance_scale`` and returns class probabilities
+                ``(N, C)`` and labels ``(N,)``.
+            ratios: fractions of each matrix, in [0, 1).
+            num_samples: posterior samples averaged; 0 predicts at the mean.
+            random_seeds: random prunings of each ratio; none for no control.
+
+        Returns:
+            A :class:`~bayeslora.posterior_sweeps.Sweep` with ``rows``, ``table()`` and ``plot(path)``.
+
+        Raises:
+            ValueError: a ratio is out of range.
+            TypeError: the posterior is MonteCLoRA's or sharded.
+        """
+        return prune_sweep(self, data, ratios, num_samples, random_seeds)
+
+    def variance_sweep(
+        self,
+        data: Predictions | Iterable[tuple[Any, Tensor]],
+        scales: Sequence[float] = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0),
+        *,
+        num_samples: int = 10,
+    ) -> Sweep:
+        """Measure the predictions at each scale of the variance; 0 is the mean.
+
+        Args:
+            data: as for :meth:`prune_sweep`.
+            scales: factors on the variance, >= 0 (1 / ``ess_scale``).
+            num_samples: posterior samples averaged, >= 1.
+
+        Raises:
+            ValueError: a scale or ``num_samples`` is out of range.
+        """
+        return variance_sweep(self, data, scales, num_samples)
 
 
 def find_ivon(optimizer: Any) -> IVON:
