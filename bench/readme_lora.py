@@ -1,5 +1,6 @@
 """README's tables about LoRA layers, from the files in ``bench/results``; used by ``readme_tables.py``."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,7 @@ Load = Callable[[str], dict[str, Any]]
 Table = Callable[[list[str], list[list[str]]], str]
 
 DEVICE = "nvidia_h100_80gb_hbm3"
-MODELS = {"Llama-3.2-3B": f"model_step_{DEVICE}.json", "Llama-3-8B": f"model_step_llama_3_8b_{DEVICE}.json"}
+MODELS = {"Llama-3.2-3B": "model_step_{}.json", "Llama-3-8B": "model_step_llama_3_8b_{}.json"}
 VARIANTS = ("PEFT bf16", "PEFT fp32", "patched bf16", "patched fp32")
 
 
@@ -15,25 +16,28 @@ def _versions(versions: dict[str, str]) -> str:
     return ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton", "transformers", "peft"))
 
 
-def model_step(load: Load, table: Table, exists: Callable[[str], bool]) -> str:
+def model_step(load: Load, table: Table, exists: Callable[[str], bool], devices: dict[str, str]) -> str:
     """Forward and backward of whole models over the frozen base, as ``bench_model_step.py`` measured them."""
-    rows, note = [], ""
-    for model, name in MODELS.items():
-        if not exists(name):
+    rows, measured = [], []
+    for (slug, short), (model, name) in itertools.product(devices.items(), MODELS.items()):
+        if not exists(name.format(slug)):
             continue
-        document = load(name)
+        document = load(name.format(slug))
         results = document["results"]
+        measured.append(f"{document['device']} ({_versions(document['versions'])})")
         for key in dict.fromkeys((r["adapters"], r["tokens"], r["mode"]) for r in results):
             same = {r["variant"]: r for r in results if (r["adapters"], r["tokens"], r["mode"]) == key}
             base = same["base"]["median_ms"]
-            cells = [model, key[0], key[1], "CUDA graph" if key[2] == "graph" else key[2], f"{base:.0f}"]
+            mode = "CUDA graph" if key[2] == "graph" else key[2]
+            cells = [short, model, key[0], key[1], mode, f"{base:.0f}"]
             rows.append([*cells, *(f"{same[variant]['median_ms'] / base:.2f}" for variant in VARIANTS)])
-        note = (
-            f"Over the frozen base (milliseconds), medians of {results[0]['rounds']} interleaved rounds; "
-            f"{document['device']}, {_versions(document['versions'])}. bf16, fp32: the adapters' dtype; "
-            "PEFT's default is fp32. Eager rows wait for the host, which was slow and shared."
-        )
-    return f"{table(['model', 'adapters', 'tokens', 'mode', 'base ms', *VARIANTS], rows)}\n\n{note}"
+    note = (
+        "Over the frozen base (milliseconds), medians of interleaved rounds; "
+        f"{', '.join(dict.fromkeys(measured))}. bf16, fp32: the adapters' dtype; PEFT's default is fp32. "
+        "Eager rows of few tokens wait for the host; the H100 machine's was slow and shared, and scatters by 20%."
+    )
+    head = ["", "model", "adapters", "tokens", "mode", "base ms", *VARIANTS]
+    return f"{table(head, rows)}\n\n{note}"
 
 
 def lora_layers(load: Load, table: Table) -> str:

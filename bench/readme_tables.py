@@ -25,6 +25,13 @@ def load(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / name).read_text())
 
 
+DEVICES = {"nvidia_h100_80gb_hbm3": "H100", "nvidia_h200": "H200"}  # in file names, in tables
+
+
+def _exists(name: str) -> bool:
+    return (RESULTS / name).exists()
+
+
 def table(head: list[str], rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
     return "\n".join(lines)
@@ -46,25 +53,29 @@ def demo_table() -> str:
 
 
 def ivon_table() -> str:
-    """Milliseconds of an optimizer step, per case of ``bench/bench_ivon.py``."""
-    result = load("ivon_nvidia_h100_80gb_hbm3.json")
+    """Milliseconds of an optimizer step, per case of ``bench/bench_ivon.py`` and device."""
     names = ["bayeslora IVON", "AdamW fused", "AdamW foreach", "ivon-opt"]
-    rows = []
-    for row in result["rows"]:
-        if row.get("sweep"):
+    rows, devices = [], []
+    for slug, short in DEVICES.items():
+        if not _exists(f"ivon_{slug}.json"):
             continue
-        cells = [f"{row['case']}: {row['tensors']:,} tensors, {row['parameters'] / 1e6:,.1f} M"]
-        for name in names:
-            wall = row["seconds"].get(name, {}).get("wall")
-            cells.append(f"{1e3 * wall['median']:.2f}" if wall else "-")
-        rows.append(cells)
-    env = result["environment"]
+        result = load(f"ivon_{slug}.json")
+        env = result["environment"]
+        devices.append(f"{env['device']} (torch {env['torch']}, triton {env['triton']})")
+        for row in result["rows"]:
+            if row.get("sweep"):
+                continue
+            cells = [short, row["case"], f"{row['tensors']:,}", f"{row['parameters'] / 1e6:,.1f} M"]
+            for name in names:
+                wall = row["seconds"].get(name, {}).get("wall")
+                cells.append(f"{1e3 * wall['median']:.2f}" if wall else "-")
+            rows.append(cells)
     note = (
-        f"Milliseconds a step (wall clock, median of interleaved rounds), bf16 weights; {env['device']}, "
-        f"torch {env['torch']}, triton {env['triton']}. AdamW keeps bf16 state for bf16 weights, "
-        "IVON fp32: the largest case is bound by those bytes."
+        "Milliseconds a step (wall clock, median of interleaved rounds), bf16 weights; "
+        f"{', '.join(devices)}. The H200 machine's host is the faster one. AdamW keeps bf16 state for bf16 "
+        "weights, IVON fp32: the largest case is bound by those bytes."
     )
-    return f"{table(['tensors trained', *names], rows)}\n\n{note}"
+    return f"{table(['', 'trained', 'tensors', 'parameters', *names], rows)}\n\n{note}"
 
 
 def memory_table() -> str:
@@ -78,28 +89,36 @@ def memory_table() -> str:
     return f"{table(['', 'weights', 'gradients', 'optimizer', 'together'], rows)}\n\n{note}"
 
 
-TRAIN_STEP = "train_step_nvidia_h100_80gb_hbm3.json"
-
-
 def train_step_table() -> str:
     """Whole training steps, as ``bench/bench_train_step.py`` measured them."""
-    if not (RESULTS / TRAIN_STEP).exists():
+    rows, devices = [], []
+    for slug, short in DEVICES.items():
+        if not _exists(f"train_step_{slug}.json"):
+            continue
+        result = load(f"train_step_{slug}.json")
+        env = result["environment"]
+        devices.append(f"{env['device']} (torch {env['torch']}, transformers {env['transformers']})")
+        for row in result["rows"]:
+            cells = [short, f"{row['model']} {row['tokens']}", row["name"], f"{row['milliseconds']:.1f}"]
+            for key in ("over_peft_adamw", "over_patched_adamw"):
+                ratio = row.get(key)
+                shown = f"{ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]" if ratio else ""
+                cells.append(shown)
+            rows.append([*cells, f"{row['peak_gb']:.1f}"])
+    if not rows:
         return "`bayeslora bench` measures whole training steps on your own GPU."
-    result = load(TRAIN_STEP)
-    rows = []
-    for row in result["rows"]:
-        cells = [f"{row['model']} {row['tokens']}, {row['mode']}", row["name"], f"{row['milliseconds']:.1f}"]
-        for key in ("over_peft_adamw", "over_patched_adamw"):
-            ratio = row.get(key)
-            shown = f"{ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]" if ratio else ""
-            cells.append(shown)
-        rows.append([*cells, f"{row['peak_gb']:.1f}"])
-    env = result["environment"]
-    head = ["model, batch x length", "", "ms", "/ PEFT + AdamW [95%]", "/ patched + AdamW [95%]", "peak GB"]
+    head = [
+        "",
+        "model, batch x length",
+        "",
+        "ms",
+        "/ PEFT + AdamW [95%]",
+        "/ patched + AdamW [95%]",
+        "peak GB",
+    ]
     note = (
         "LoRA on all linear layers, r 16, PEFT's default fp32 adapters; medians of interleaved rounds and "
-        f"of the ratios within them, with the sign test's interval; {env['device']}, torch {env['torch']}, "
-        f"triton {env['triton']}, transformers {env['transformers']}."
+        f"of the ratios within them, with the sign test's interval; {', '.join(devices)}."
     )
     return f"{table(head, rows)}\n\n{note}"
 
@@ -190,12 +209,8 @@ def compatibility_table() -> str:
     return f"{table(['', 'how', 'test', 'also'], rows)}\n\n{note}"
 
 
-def _exists(name: str) -> bool:
-    return (RESULTS / name).exists()
-
-
 TABLES: dict[str, Callable[[], str]] = {
-    "model step": lambda: readme_lora.model_step(load, table, _exists),
+    "model step": lambda: readme_lora.model_step(load, table, _exists, DEVICES),
     "lora layers": lambda: readme_lora.lora_layers(load, table),
     "lora perturbed": lambda: readme_lora.lora_perturbed(load, table),
     "compatibility": compatibility_table,
