@@ -192,6 +192,37 @@ def robustness_table() -> str:
     return f"{table(['', 'accuracy %', 'ECE %', 'NLL'], rows)}\n\n{note}"
 
 
+POSTERIOR = "posterior_nvidia_h100_80gb_hbm3.json"
+
+
+def posterior_table() -> str:
+    """S samples in one pass over one sample, as ``bench/bench_posterior.py`` measured them."""
+    if not (RESULTS / POSTERIOR).exists():
+        return "`python bench/bench_posterior.py` measures S samples in one pass over one on your own GPU."
+    result = load(POSTERIOR)
+    settings = result["settings"]
+    rows = []
+    for part, unit, what in (
+        ("generate", "one sample", f"generate {settings['new']} tokens, S = {settings['S']}"),
+        ("captured", "one sample, captured", f"the same as CUDA graphs, S = {settings['S']}"),
+        ("predict", "one pass", f"predict 1 x {settings['length']} tokens, S = {settings['S_predict']}"),
+    ):
+        for name, seconds in result[part].items():
+            if name != "reason":
+                ratio = seconds["median"] / result[part][unit]["median"]
+                rows.append([what, name, f"{1e3 * seconds['median']:.1f}", f"{ratio:.2f}"])
+    held = result["memory"]
+    more = held["s_samples"] / held["one_sample"] - 1
+    env = result["environment"]
+    note = (
+        "Llama-3.2-3B's shape, random bf16 weights, r 16 on all linear layers, batch 1, greedy, prompt of "
+        f"{settings['prompt']} tokens; medians of interleaved rounds. Weights, adapters and posterior take "
+        f"{more:+.1%} of memory with S = {settings['S']} against one sample; {env['device']}, torch "
+        f"{env['torch']}, triton {env['triton']}, transformers {env['transformers']}."
+    )
+    return f"{table(['', '', 'ms', 'ratio'], rows)}\n\n{note}"
+
+
 def compatibility_table() -> str:
     """What is supported and the tests that show it, with the versions of their last recorded run."""
     result = load("compatibility.json")
@@ -219,6 +250,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory": memory_table,
     "monteclora": monteclora_table,
     "monteclora robustness": robustness_table,
+    "posterior": posterior_table,
     "train step": train_step_table,
 }
 
