@@ -34,7 +34,7 @@ def model_step(load: Load, table: Table, exists: Callable[[str], bool], devices:
     note = (
         "Over the frozen base (milliseconds), medians of interleaved rounds; "
         f"{', '.join(dict.fromkeys(measured))}. bf16, fp32: the adapters' dtype; PEFT's default is fp32. "
-        "Eager rows of few tokens wait for the host, which at the H100 was slow and shared: they scatter by 20%."
+        "Eager rows of few tokens wait for the host, slow and shared at the H100: they scatter by 20%."
     )
     head = ["", "model", "adapters", "tokens", "mode", "base ms", *VARIANTS]
     return f"{table(head, rows)}\n\n{note}"
