@@ -27,6 +27,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 _KEPT = 4096  # specialisations, or tensor maps, that are kept before they are gathered anew
+_KEPT_ADDRESSES = 256  # tensor maps of one planned argument
 _INT32, _INT64 = 1 << 31, 1 << 63
 _CALL = (
     "kernel.run(grid_0, grid_1, grid_2, stream, kernel.function, kernel.packed_metadata, launch_metadata, "
@@ -249,9 +250,10 @@ class _Planned(NamedTuple):
             address = addresses[tensor]
             expanded = made.get(address)
             if expanded is None:
-                descriptor.base = _At(address)  # type: ignore[assignment]
-                expanded = make(descriptor, index)
-                _keep(made, address, expanded)
+                elsewhere = copy.copy(descriptor)
+                elsewhere.base = _At(address)  # type: ignore[assignment]
+                expanded = make(elsewhere, index)
+                _keep(made, address, expanded, _KEPT_ADDRESSES)
             arguments[start:stop] = expanded
         _run(self.compiled, device, self.grid, arguments, stream)
 
@@ -399,8 +401,8 @@ def _run(
     compiled.run(grid_0, grid_1, grid_2, stream, compiled.function, metadata, None, None, None, *arguments)
 
 
-def _keep(kept: dict[Any, Any], key: Any, value: Any) -> None:
-    if len(kept) >= _KEPT:
+def _keep(kept: dict[Any, Any], key: Any, value: Any, most: int | None = None) -> None:
+    if len(kept) >= (_KEPT if most is None else most):
         kept.clear()
     kept[key] = value
 
