@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from bayeslora._backend import ivon_kernels
 from bayeslora.ivon_distributed import fsdp_modules, is_sharded, part_like, reshard, shard_of
 from bayeslora.kernels.param_bucket import HYPER_WIDTH, ParamBucket, state_dtype
+from bayeslora.posterior_lifecycle import PosteriorLifecycle
 from bayeslora.posterior_predict import check_scale, check_seeds, generate, predict
 from bayeslora.posterior_sweeps import Predictions, Sweep, prune_sweep, variance_sweep
 
@@ -50,7 +51,7 @@ class GaussianParameter:
 
 
 @dataclass
-class Posterior:
+class Posterior(PosteriorLifecycle):
     """A diagonal Gaussian posterior over the trained parameters of a model.
 
     Made by :meth:`from_optimizer` or :meth:`from_pretrained`. It keeps its own fp32 mean and Hessian, so
@@ -121,13 +122,21 @@ class Posterior:
         return MontecloraPosterior(model, banks[0])
 
     @classmethod
-    def from_pretrained(cls, model: nn.Module, path: str | PathLike[str]) -> Posterior:
+    def from_pretrained(
+        cls, model: nn.Module, path: str | PathLike[str], adapter_name: str | None = None
+    ) -> Posterior:
         """Load an adapter and its posterior from a folder made by :meth:`save_pretrained`.
 
         Args:
             model: a PEFT model whose active adapter takes the mean, or a base model, which gets the
                 folder's adapter (then use ``posterior.model``).
             path: the folder.
+            adapter_name: the adapter that takes the mean, added to a PEFT model that does not have it, and
+                active afterwards; None for the active one ("default" on a base model). So several adapters
+                with a posterior each live in one model; each predicts while its adapter is active.
+
+        The base may be on another device, in another dtype or quantized: mean and Hessian are kept in fp32
+        where the adapter's parameters are.
 
         Raises:
             FileNotFoundError: the folder or one of its files is missing.
@@ -136,7 +145,7 @@ class Posterior:
         """
         from bayeslora.posterior_files import load_posterior
 
-        return load_posterior(model, path)
+        return load_posterior(model, path, adapter_name)
 
     def save_pretrained(self, path: str | PathLike[str]) -> None:
         """Write the PEFT adapter at the mean, and the posterior beside it.

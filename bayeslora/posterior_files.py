@@ -66,7 +66,7 @@ def save_posterior(posterior: Posterior, path: str | PathLike[str]) -> None:
     (folder / POSTERIOR_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def load_posterior(model: nn.Module, path: str | PathLike[str]) -> Posterior:
+def load_posterior(model: nn.Module, path: str | PathLike[str], adapter_name: str | None = None) -> Posterior:
     """Load a posterior and its adapter; see :meth:`Posterior.from_pretrained`."""
     from peft import PeftModel
 
@@ -80,27 +80,74 @@ def load_posterior(model: nn.Module, path: str | PathLike[str]) -> Posterior:
     if config.get("method") == "monteclora":
         from bayeslora.monteclora_posterior import load_monteclora
 
+        if adapter_name is not None:
+            raise ValueError("adapter_name is for IVON posteriors; a MonteCLoRA one takes the active adapter")
         return load_monteclora(model, folder, config)
     mean = _read_tensors(folder / ADAPTER_WEIGHTS)
     hess = _read_tensors(folder / POSTERIOR_WEIGHTS)
     _check_agreement(folder, config, mean, hess)
-    if isinstance(model, PeftModel):
-        return _load_into(model, folder, config, mean, hess)
-    return _load_onto_base(model, folder, config, mean, hess)
+    if not isinstance(model, PeftModel):
+        return _load_onto_base(model, folder, config, mean, hess, adapter_name or "default")
+    if adapter_name is None or adapter_name in model.peft_config:
+        adapter = _active_adapter(model) if adapter_name is None else adapter_name
+        posterior = _load_into(model, folder, config, mean, hess, adapter)
+    else:
+        posterior = _load_beside(model, folder, config, mean, hess, adapter_name)
+    if adapter_name is not None:
+        model.set_adapter(adapter_name)
+    return posterior
+
+
+def _load_beside(
+    model: PeftModel,
+    folder: Path,
+    config: dict[str, Any],
+    mean: dict[str, Tensor],
+    hess: dict[str, Tensor],
+    adapter: str,
+) -> Posterior:
+    """Load into a new adapter, which is taken out again if it does not fit."""
+    from peft import PeftConfig
+
+    try:
+        model.add_adapter(adapter, PeftConfig.from_pretrained(str(folder)))
+        return _load_into(model, folder, config, mean, hess, adapter)
+    except ValueError:
+        if adapter in model.peft_config:
+            model.delete_adapter(adapter)
+            _unwrap_empty(model)
+        raise
+
+
+def _unwrap_empty(model: nn.Module) -> None:
+    """Put base layers back where no adapter is left: PEFT leaves their wrappers."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, BaseTunerLayer) and not any(
+                len(getattr(child, held)) for held in child.adapter_layer_names
+            ):
+                setattr(parent, name, child.get_base_layer())
 
 
 def _load_onto_base(
-    model: nn.Module, folder: Path, config: dict[str, Any], mean: dict[str, Tensor], hess: dict[str, Tensor]
+    model: nn.Module,
+    folder: Path,
+    config: dict[str, Any],
+    mean: dict[str, Tensor],
+    hess: dict[str, Tensor],
+    adapter: str,
 ) -> Posterior:
     from peft import PeftConfig, get_peft_model
 
     peft_config = PeftConfig.from_pretrained(str(folder))
     try:
-        peft_model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
+        peft_model = get_peft_model(model, peft_config, adapter)  # type: ignore[arg-type]
     except ValueError as error:
         raise ValueError(f"{str(folder / ADAPTER_CONFIG)!r} does not fit the model: {error}") from error
     try:
-        return _load_into(peft_model, folder, config, mean, hess)
+        return _load_into(peft_model, folder, config, mean, hess, adapter)
     except ValueError:
         peft_model.unload()  # take the adapter out again: the base model is as it was
         raise
@@ -112,10 +159,10 @@ def _load_into(
     config: dict[str, Any],
     mean: dict[str, Tensor],
     hess: dict[str, Tensor],
+    adapter: str,
 ) -> Posterior:
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    adapter = _active_adapter(model)
     names = {key: name for name, key in _peft_keys(model, adapter).items()}
     by_name = dict(model.named_parameters())
     held = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
