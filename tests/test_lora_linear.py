@@ -99,6 +99,7 @@ def nan_filled_outputs(monkeypatch):
         (63, 1023, 100, 64, False),
         (1023, 100, 63, 16, True),
         (100, 100, 1, 1, False),
+        (5, 33, 40, 256, True),
     ],
 )
 def test_results_and_gradients(m, n, k, r, bias, dtype, dropout_p, device, nan_filled_outputs):

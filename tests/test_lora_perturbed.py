@@ -101,6 +101,7 @@ def _assert_as_accurate_as_the_twin(tensors, sample, dy, dtype, **arguments):
         (5, 63, 36, 132, 4, False),
         (1, 150, 128, 64, 64, True),
         (2, 3, 40, 33, 100, False),
+        (2, 5, 33, 40, 256, True),
     ],
 )
 def test_results_and_gradients(groups, rows, n, k, r, bias, dtype, device, triton_path, nan_filled_outputs):
