@@ -104,10 +104,11 @@ class CapturedStep:
             self._seen.clear()
             self._pool = None
         key = tuple((name, t.shape, t.dtype) for part in parts for name, t in part.items())
-        if key in self._graphs:
+        watched = isinstance(self.opt, IVON) and self.opt.watches_next_step
+        if key in self._graphs and not watched:
             return self._replay(self._graphs[key], parts)
         seen = self._seen[key] = self._seen.get(key, 0) + 1
-        if seen <= self.warmup or len(self._graphs) >= self.max_graphs:
+        if watched or seen <= self.warmup or len(self._graphs) >= self.max_graphs:
             return self._run_aside(parts)
         captured = self._capture(parts)
         if captured is None:
@@ -177,6 +178,8 @@ class CapturedStep:
             for name, tensor in part.items():
                 static[name].copy_(tensor, non_blocking=True)
         captured.graph.replay()
+        if isinstance(self.opt, IVON):
+            self.opt.count_step()
         return captured.loss.clone()
 
     def _go_eager(self, reason: str) -> None:

@@ -25,6 +25,7 @@ from bayeslora.ivon_distributed import (
     draws_own_noise,
     whole,
 )
+from bayeslora.ivon_setup import is_watched, like_adamw, watch
 from bayeslora.ivon_state import STATE_KEYS, BucketStore, check_group, check_saved_state, dense_grads
 from bayeslora.kernels.param_bucket import ParamBucket, state_dtype
 
@@ -180,6 +181,61 @@ class IVON(torch.optim.Optimizer):
         }
         check_group(defaults)
         super().__init__(params, defaults)
+
+    @classmethod
+    def like_adamw(
+        cls,
+        params: Iterable[Any],
+        lr: float | Tensor,
+        num_data: int,
+        *,
+        snr: float = 1.0,
+        clip_ratio: float = 0.03,
+        max_gap: float = 0.1,
+        setup_steps: int = 10,
+        beta2: float = 0.9998,
+        weight_decay: float = 1e-6,
+        **settings: Any,
+    ) -> IVON:
+        """Return an IVON that needs no search: give it a learning rate that works for AdamW.
+
+        ``lr`` (and a scheduler's) is the largest step of an element, as it is AdamW's. ``ess``,
+        ``hess_init`` and ``clip_radius`` are set in the first ``setup_steps`` steps, which are steps of the
+        training like any other, and logged with their reasons. ``ess`` is raised later too, if the loss
+        under sampling departs from the loss at the mean. :mod:`bayeslora.ivon_setup` has the equations.
+
+        Args:
+            params: parameters or groups, as for :class:`IVON`; of LoRA, A and B.
+            lr: AdamW's learning rate.
+            num_data: number of training examples; ``ess`` is never less.
+            snr: root mean square of the weights over the posterior's standard deviation, at the start;
+                larger is closer to a point estimate. The papers' recipes lie between 0.5 and 4.
+            clip_ratio: the gradient that takes the largest step, as a fraction of the root mean square.
+            max_gap: how far the loss at a sample may lie above the loss at the mean, in the loss's unit
+                (nats for a cross-entropy).
+            setup_steps: steps that decide, >= 1.
+            beta2: momentum of the Hessian, in [0, 1].
+            weight_decay: δ, as for :class:`IVON`. AdamW's decay w is δ = w · clip_radius · hess_init.
+            settings: further arguments of :class:`IVON`: ``beta1``, ``mc_samples``, ``sync``, ``debias``,
+                ``seed``, ``skip_nonfinite``.
+
+        Raises:
+            ValueError: an argument is out of range or chosen here (``ess``), or all parameters are zero.
+            TypeError: a parameter is not a floating-point tensor.
+        """
+        return like_adamw(
+            cls,
+            params,
+            lr,
+            num_data,
+            snr=snr,
+            clip_ratio=clip_ratio,
+            max_gap=max_gap,
+            setup_steps=setup_steps,
+            beta2=beta2,
+            weight_decay=weight_decay,
+            **settings,
+        )
 
     def _reset_samples(self) -> None:
         self._held: _Noise | None = None  # the sample in the parameters; None: the mean
@@ -406,11 +462,16 @@ class IVON(torch.optim.Optimizer):
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         buckets = self._store.within_step()
         self._check_folded(buckets)
-        averaged = self._average_samples(buckets, found_inf is not None and grad_scale is None)
+        watched = is_watched(self.param_groups[0])
+        averaged = self._average_samples(buckets, found_inf is not None and grad_scale is None, watched)
+        if watched:
+            watch(self, buckets, self._folded_active, grad_scale)
         self._update(buckets, averaged, grad_scale, found_inf)
         self._store.reshard()
         self._held = None
         self._forget_samples()
+        if not any(bucket.recording for bucket in buckets):
+            self.count_step()
 
     def _run_closure(self, closure: Callable[[], Any]) -> Any:
         losses = []
@@ -425,12 +486,12 @@ class IVON(torch.optim.Optimizer):
             self._show(None)
         return None if any(loss is None for loss in losses) else sum(losses) / self.mc_samples
 
-    def _average_samples(self, buckets: list[ParamBucket], unscaled: bool) -> bool:
-        """Bring several samples (or ranks) into the running means; return whether there were several."""
+    def _average_samples(self, buckets: list[ParamBucket], unscaled: bool, watched: bool) -> bool:
+        """Bring several samples, or ranks, or a watched one into the running means; return whether it did."""
         ranks = self.sync and dist.is_initialized()
-        if self._folded == 0 and not ranks:
+        if self._folded == 0 and not ranks and not watched:
             return False
-        if unscaled:
+        if unscaled and (self._folded or ranks):
             raise RuntimeError(
                 "GradScaler.unscale_() reaches only the last of several Monte Carlo samples; leave it out "
                 "(scaler.step(opt) unscales them all), or take one sample a step"
@@ -490,6 +551,16 @@ class IVON(torch.optim.Optimizer):
         for bucket in buckets:
             self._store.set_hyper(bucket, 1.0, self.rescale_lr)
         return buckets
+
+    @property
+    def watches_next_step(self) -> bool:
+        """Whether the next step decides hyperparameters (:meth:`like_adamw`), and so cannot be recorded."""
+        return is_watched(self.param_groups[0])
+
+    def count_step(self) -> None:
+        """Count a step for :meth:`like_adamw`; a replayed graph does not run :meth:`step`."""
+        if "setup_step" in self.param_groups[0]:
+            self.param_groups[0]["setup_step"] += 1
 
     def prepare_capture(self) -> None:
         """Make ready for one step to be recorded in a CUDA graph; :meth:`finish_capture` follows it."""

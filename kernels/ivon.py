@@ -132,6 +132,8 @@ def _ivon_fold_kernel(
     f = curvature(grad, hess, decay, ess, seed, draw, stream, group_start, BLOCK, DTYPE, PRICE)
     avg_grad = tl.load(avg_grad_ptr + flat, mask=mask, other=0.0)
     avg_curvature = tl.load(avg_curvature_ptr + flat, mask=mask, other=0.0)
+    avg_grad = tl.where(count == 1, 0.0, avg_grad)  # what an earlier step left there may be NaN
+    avg_curvature = tl.where(count == 1, 0.0, avg_curvature)
     count = count.to(DTYPE)
     tl.store(avg_grad_ptr + flat, avg_grad + (grad - avg_grad) / count, mask=mask)
     tl.store(avg_curvature_ptr + flat, avg_curvature + (f - avg_curvature) / count, mask=mask)

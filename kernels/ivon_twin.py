@@ -127,6 +127,9 @@ def ivon_fold(
 ) -> None:
     """Fold a sample's gradient into the running means. See :func:`bayeslora.kernels.ivon.ivon_fold`."""
     avg_grad, avg_curvature = bucket.averages()
+    if count == 1:  # what an earlier step left there may be NaN
+        avg_grad.zero_()
+        avg_curvature.zero_()
     flat = _gather(bucket, grads)
     noise = _noise(bucket, seed, _train_draw(bucket, draw)) if price else None
     hyper = bucket.hyper_values()

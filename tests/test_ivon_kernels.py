@@ -109,6 +109,18 @@ def test_several_samples_agree_with_twin(price, device):
     _assert_close(got, expected)
 
 
+@pytest.mark.parametrize("implementation", [ivon, ivon_twin], ids=["triton", "twin"])
+def test_a_step_starts_its_running_means_anew(implementation, device):
+    """A step whose gradient was NaN leaves NaN there, which must not reach the next step."""
+    bucket = _bucket(MIXED, device if implementation is ivon else "cpu")
+    for average in bucket.averages():
+        average.fill_(math.nan)
+    implementation.ivon_fold(bucket, _grads(bucket, 0), seed=1, draw=1, count=1, price=True)
+    for i in range(len(bucket.params)):
+        for average in bucket.averages():
+            assert torch.isfinite(bucket.view(average, i)).all()
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("implementation", [ivon, ivon_twin], ids=["triton", "twin"])
 def test_nonfinite_gradient_skips_the_whole_step(value, implementation, device):
