@@ -13,11 +13,13 @@ __all__ = [
     "IVON",
     "CapturedTrainer",
     "CapturedTrainerMixin",
+    "DiagnosticsCallback",
     "LightningCallback",
     "Posterior",
     "PosteriorCallback",
     "capture_step",
     "configure_monteclora",
+    "diagnostics",
     "keep_gradients_local",
     "mbr",
     "metrics",
@@ -32,6 +34,7 @@ _HOME = {
     "IVON": "ivon",
     "CapturedTrainer": "trainer_capture",
     "CapturedTrainerMixin": "trainer_capture",
+    "DiagnosticsCallback": "trainer_callback",
     "LightningCallback": "lightning_callback",
     "Posterior": "posterior",
     "PosteriorCallback": "trainer_callback",
@@ -44,7 +47,7 @@ _HOME = {
 }
 
 if TYPE_CHECKING:
-    from . import mbr, metrics, samplers, uncertainty
+    from . import diagnostics, mbr, metrics, samplers, uncertainty
     from .capture import capture_step
     from .ivon import IVON
     from .ivon_distributed import keep_gradients_local
@@ -52,12 +55,12 @@ if TYPE_CHECKING:
     from .monteclora import configure_monteclora, monteclora_loss
     from .patching import patch, unpatch
     from .posterior import Posterior
-    from .trainer_callback import PosteriorCallback
+    from .trainer_callback import DiagnosticsCallback, PosteriorCallback
     from .trainer_capture import CapturedTrainer, CapturedTrainerMixin
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("mbr", "metrics", "samplers", "uncertainty"):
+    if name in ("diagnostics", "mbr", "metrics", "samplers", "uncertainty"):
         return import_module(f".{name}", __name__)
     if name in _HOME:
         return getattr(import_module(f".{_HOME[name]}", __name__), name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from bayeslora.diagnostics import diagnose, loss_gap
 from bayeslora.ivon_distributed import is_sharded
 from bayeslora.posterior import Posterior, find_ivon
 
@@ -60,3 +62,58 @@ class PosteriorCallback(TrainerCallback):
     ) -> None:
         """Leave the model at the mean, however training ended."""
         find_ivon(kwargs["optimizer"]).eval()
+
+
+class DiagnosticsCallback(TrainerCallback):
+    """Logs what :mod:`bayeslora.diagnostics` measures whenever HF Trainer logs.
+
+    As in::
+
+        trainer = Trainer(..., optimizers=(opt, None))
+        trainer.add_callback(bayeslora.DiagnosticsCallback(trainer, batch=batch))
+        trainer.train()
+        bayeslora.diagnostics.plot(trainer.state.log_history, "ivon.png")
+
+    The numbers go through ``trainer.log``: to TensorBoard, W&B and ``log_history``, under ``ivon/``. They are
+    computed from the optimizer's state at those steps; nothing runs at the others.
+
+    Args:
+        trainer: whose log to write to.
+        batch: a batch of model inputs with labels, on which the loss at samples is compared with the loss
+            at the mean (one forward pass each, in eval mode); None leaves that out.
+        seeds: the posterior samples of that comparison.
+
+    Raises:
+        TypeError: at the start of training, the trainer's optimizer is not a :class:`bayeslora.IVON`.
+    """
+
+    def __init__(
+        self, trainer: Any, batch: Mapping[str, Any] | None = None, seeds: Sequence[int] = (0, 1)
+    ) -> None:
+        self.trainer = trainer
+        self.batch = batch
+        self.seeds = seeds
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse a run that has nothing to measure."""
+        find_ivon(kwargs["optimizer"])
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure and log if this step is one that Trainer logs."""
+        if not control.should_log:
+            return
+        optimizer, model = kwargs["optimizer"], kwargs["model"]
+        found = diagnose(optimizer, model)
+        if self.batch is not None:
+            batch = self.trainer._prepare_inputs(dict(self.batch))
+            training = model.training
+            model.eval()
+            try:
+                found |= loss_gap(optimizer, lambda: model(**batch).loss, seeds=self.seeds)
+            finally:
+                model.train(training)
+        self.trainer.log(found)
