@@ -112,6 +112,10 @@ def like_adamw(
     for name in _TAKEN:
         if name in settings:
             raise ValueError(f"like_adamw chooses {name} itself; for one of your own use IVON(...)")
+    if settings.get("prior") is not None:
+        raise ValueError(
+            "like_adamw chooses the first precision, which a prior fixes; use IVON(..., prior=...)"
+        )
     if settings.get("hess_approx", "price") != "price":
         raise ValueError(f"like_adamw needs hess_approx='price', got {settings['hess_approx']!r}")
     opt = cls(params, lr, ess=float(num_data), rescale_lr=False, clip_radius=_FIRST_CLIP, **settings)

@@ -143,6 +143,9 @@ class BucketStore:
             "momentum": 0.0,
             "hess": float(group["hess_init"]),
         }
+        prior = getattr(self._optimizer, "_prior", None)
+        if prior is not None:
+            start["hess"] = part_like(p, prior.hess_start(p, group))
         new = {}
         for name in STATE_KEYS:
             view = bucket.view(getattr(bucket, name), index)
