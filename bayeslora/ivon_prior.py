@@ -16,6 +16,13 @@ The prior's terms are added to the running means of gradient and curvature that 
 the kernels are the same, and a step without a prior does what it did. Papers: Nguyen et al., "Variational
 continual learning" (ICLR 2018); Shen et al., "Variational learning is effective for large deep networks"
 (ICML 2024).
+
+>>> import bayeslora
+>>> model = torch.nn.Linear(2, 1)
+>>> posterior = bayeslora.IVON(model.parameters(), lr=0.1, ess=100.0).posterior(model)
+>>> opt = bayeslora.IVON(model.parameters(), lr=0.1, ess=50.0, prior=posterior)
+>>> [group["weight_decay"] for group in opt.param_groups]  # the prior stands in its place
+[0.0]
 """
 
 from __future__ import annotations

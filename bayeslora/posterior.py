@@ -181,6 +181,10 @@ class Posterior(PosteriorLifecycle):
 
         Raises:
             ValueError: a scale is out of range, or both are given.
+
+        Example:
+            >>> with posterior.sample(seed=7), torch.no_grad():
+            ...     logits = posterior.model(tokens).logits
         """
         variance_scale = check_scale(variance_scale, ess_scale)
         buckets = self._current_buckets()
@@ -283,6 +287,12 @@ class Posterior(PosteriorLifecycle):
 
         Raises:
             ValueError: ``num_samples``, ``seeds``, a scale or ``max_batch`` is out of range.
+
+        Example:
+            >>> posterior.predict({"input_ids": tokens}, num_samples=4, batched=True).shape
+            torch.Size([2, 5, 50])
+            >>> posterior.predict(tokens, seeds=[3, 8], ess_scale=2.0, average=False).shape
+            torch.Size([2, 2, 5, 50])
         """
         scale = check_scale(variance_scale, ess_scale)
         names = check_seeds(num_samples, seed, seeds, default=10)
@@ -327,6 +337,12 @@ class Posterior(PosteriorLifecycle):
         Raises:
             ValueError: an argument is out of range, or one that belongs to a single sample is given.
             TypeError: the model has no ``generate``.
+
+        Example:
+            >>> ids = posterior.generate(tokens, num_samples=3, num_return_sequences=2, do_sample=True,
+            ...                          max_new_tokens=4, min_new_tokens=4)
+            >>> ids.shape
+            torch.Size([3, 2, 2, 9])
         """
         scale = check_scale(variance_scale, ess_scale)
         names = check_seeds(num_samples, seed, seeds, default=8)
@@ -367,6 +383,10 @@ class Posterior(PosteriorLifecycle):
 
         Raises:
             ValueError: ``ratio`` is out of range.
+
+        Example:
+            >>> posterior.prune(0.1) == sum(int(0.1 * m.numel()) for m in posterior.mean.values())
+            True
         """
         return self._prune(ratio)
 
@@ -419,6 +439,12 @@ class Posterior(PosteriorLifecycle):
         Raises:
             ValueError: a ratio is out of range.
             TypeError: the posterior is MonteCLoRA's or sharded.
+
+        Example:
+            >>> sweep = posterior.prune_sweep(questions, [0.0, 0.5], random_seeds=[0])
+            >>> [(row["how"], row["ratio"]) for row in sweep.rows]
+            [('uncertainty', 0.0), ('uncertainty', 0.5), ('random', 0.0), ('random', 0.5)]
+            >>> figure = sweep.plot()  # a path writes it
         """
         return prune_sweep(self, data, ratios, num_samples, random_seeds)
 
@@ -438,6 +464,12 @@ class Posterior(PosteriorLifecycle):
 
         Raises:
             ValueError: a scale or ``num_samples`` is out of range.
+
+        Example:
+            >>> print(posterior.variance_sweep(questions, [0.0, 1.0], num_samples=2).table())
+            | variance scale | how | accuracy | ECE | NLL (nats) | Brier score |
+            ...
+            | 1 | 2 samples | ...
         """
         return variance_sweep(self, data, scales, num_samples)
 

@@ -131,6 +131,9 @@ class PosteriorLifecycle:
 
         Raises:
             TypeError: the model is not a PEFT model.
+
+        Example:
+            >>> posterior.push_to_hub("user/my-adapter", private=True)  # doctest: +SKIP
         """
         from huggingface_hub import HfApi
 

@@ -346,21 +346,22 @@ def test_a_compiled_model_is_one_graph_and_takes_new_samples(llama):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("samples", [3, 70])
-def test_kernels_agree_with_one_pass_a_sample(dtype, samples):
+def test_kernels_agree_with_one_pass_a_sample(samples):
     posterior = _of_kind("llama")
-    posterior.model.cuda()
-    for name, p in posterior.model.named_parameters():
-        if "lora_" not in name:
-            p.data = p.data.to(dtype)
-    for tokens in (PROMPT.cuda(), PROMPT[:1, :1].cuda()):
-        batch = {"input_ids": tokens}
-        expected = posterior.predict(batch, samples, average=False)
+    model = posterior.model.cuda()
+    batches = [{"input_ids": PROMPT.cuda()}, {"input_ids": PROMPT[:1, :1].cuda()}]
+    truth = [posterior.predict(batch, samples, average=False) for batch in batches]
+    for batch, wanted in zip(batches, truth, strict=True):
         found = posterior.predict(batch, samples, average=False, batched=True)
-        slack = 1e-4 if dtype == torch.float32 else 0.05  # bf16 rounds the same sums in another order
-        torch.testing.assert_close(found, expected, rtol=slack, atol=slack)
-    if dtype == torch.float32:
-        settings = {"max_new_tokens": 8, "do_sample": False}
-        in_turn = posterior.generate(PROMPT.cuda(), samples, batched=False, **settings)
-        assert torch.equal(posterior.generate(PROMPT.cuda(), samples, **settings), in_turn)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    settings = {"max_new_tokens": 8, "do_sample": False}
+    in_turn = posterior.generate(PROMPT.cuda(), samples, batched=False, **settings)
+    assert torch.equal(posterior.generate(PROMPT.cuda(), samples, **settings), in_turn)
+    for name, p in model.named_parameters():
+        if "lora_" not in name:
+            p.data = p.data.bfloat16()
+    for batch, wanted in zip(batches, truth, strict=True):
+        in_turn, found = (posterior.predict(batch, samples, average=False, batched=b) for b in (False, True))
+        own = (in_turn - wanted).square().mean().sqrt()  # bf16's error without us
+        assert (found - wanted).square().mean().sqrt() < 1.5 * own + 1e-3
