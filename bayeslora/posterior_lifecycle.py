@@ -53,10 +53,10 @@ class PosteriorLifecycle:
             if copy_model:
                 model = unpatch(copy.deepcopy(self.model))
                 return model.merge_and_unload(safe_merge=True)
-            values = {name: p.detach().clone() for name, p in _named(self.model, self.parameters).items()}
+            values = {name: p.detach().clone() for name, p in _named(self.model, self.mean).items()}
         unpatch(self.model)
         with torch.no_grad():
-            for name, p in _named(self.model, self.parameters).items():
+            for name, p in _named(self.model, self.mean).items():
                 p.copy_(values[name])
         return self.model.merge_and_unload(safe_merge=True)
 
@@ -91,7 +91,7 @@ class PosteriorLifecycle:
         if adapter_name in model.peft_config:
             raise ValueError(f"the model has an adapter {adapter_name!r}; pass another name")
         own = _own_adapter(self)
-        renamed = {name: _renamed(name, own, adapter_name) for name in self.parameters}
+        renamed = {name: _renamed(name, own, adapter_name) for name in self.mean}
         values = self._average(seeds, variance_scale)
         model.add_adapter(adapter_name, copy.deepcopy(model.peft_config[own]))
         targets = dict(model.named_parameters())

@@ -5,6 +5,7 @@ import importlib.util
 
 import pytest
 import torch
+from monteclora_models import patched_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -278,3 +279,29 @@ def test_plain_modules_are_refused():
     for call in (posterior.merge, lambda: posterior.add_adapter("x"), lambda: posterior.push_to_hub("a/b")):
         with pytest.raises(TypeError, match="PEFT model"):
             call()
+
+
+# ---- MonteCLoRA ----------------------------------------------------------------------------------
+
+
+def test_a_monteclora_posterior_merges_and_is_refused_where_it_is_no_gaussian(caplog):
+    model = patched_model().eval()
+    posterior = Posterior.from_monteclora(model)
+    with posterior.sample(4):
+        wanted = _logits(model)
+    assert (wanted - _logits(model)).abs().max() > 1e-2
+    for copy_model in (True, False):
+        if not copy_model:
+            posterior.add_adapter("average", [1, 2])
+            assert [*model.peft_config] == ["default", "average"]
+            assert model.active_adapters == ["default"]
+            with pytest.raises(TypeError, match="product needs IVON posteriors"):
+                Posterior.product([posterior, posterior])
+            with pytest.raises(TypeError, match="prune_sweep needs an IVON posterior"):
+                posterior.prune_sweep([(TOKENS, TOKENS[:, 0])], [0.1])
+            with caplog.at_level("INFO", "bayeslora"):
+                assert posterior.generate(TOKENS, 2, max_new_tokens=2).shape == (2, 2, 1, 9)
+            assert "samples run one after another" in caplog.text
+        torch.testing.assert_close(
+            _logits(posterior.merge(4, copy_model=copy_model)), wanted, rtol=1e-4, atol=1e-4
+        )
