@@ -20,7 +20,7 @@ from .lora_linear import apply_layers
 from .monteclora import attach as attach_monteclora
 from .monteclora import check_layers as check_monteclora
 from .monteclora import detach as detach_monteclora
-from .posterior_batched import SLOT, LayerSamples, NotBatched, _check_active
+from .posterior_batched import SLOT, LayerSamples, NotBatched
 
 _logger = logging.getLogger("bayeslora")
 
@@ -201,11 +201,13 @@ def _fused_forward(layer: PeftLoraLinear, x: Tensor, adapter: str) -> Tensor:
 
 
 def _sampled_forward(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Apply the layer with a posterior sample for each group of rows, as the open context says."""
+    """Apply the layer with a posterior sample for each group of rows.
+
+    The context, open for the one call of the model, has checked that the fused forward serves the layer.
+    """
     samples: LayerSamples = layer.__dict__[SLOT]
     if args or kwargs or not _fits(layer, x):
         raise NotBatched(f"a call of {type(layer).__name__} that the fused forward does not serve")
-    _check_active(layer, samples.adapter)
     call = _lora_call(layer, samples.adapter)
     return samples.apply(x, call.tensors().weight, call.bias, call.scaling)
 
