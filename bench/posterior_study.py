@@ -18,6 +18,7 @@ CPU cores pass --steps 100 --questions 60 --samples 8 and a budget.
 import argparse
 import io
 import itertools
+import json
 import time
 import zipfile
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ RATIOS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 RANDOM_SEEDS = (0, 1, 2)
 SCALES = (0.1, 0.3, 3.0, 10.0)
 SCALE_SAMPLES = 8
+MADE = "made.json"
 COLLEGE = "mmlu_no_train/college_"
 
 
@@ -76,6 +78,10 @@ class Predictions:
         self.file, self.deadline = file, deadline
         self.held: dict[str, Tensor] = load_file(file) if file.exists() else {}
         self.late = False
+
+    def complete(self, samples: int) -> bool:
+        """Whether the last of `units` is there."""
+        return f"test/scale/{SCALES[-1]}/{min(samples, SCALE_SAMPLES) - 1}" in self.held
 
     def ask(self, name: str, compute: Any) -> None:
         if name in self.held:
@@ -250,15 +256,21 @@ def main() -> None:
         predict_all(arguments, predictions)
     if arguments.part == "predict" or "test/mean" not in predictions.held:
         return
-    settings = {n: getattr(arguments, n) for n in ("steps", "lr", "ess", "beta2", "samples")}
-    result = {"environment": measure.environment(), "settings": settings, "complete": not predictions.late}
+    made = json.loads((arguments.work / MADE).read_text())
+    result: dict[str, Any] = {**made, "complete": predictions.complete(made["settings"]["samples"])}
     labels = predictions.held["labels"]
     result |= report(predictions.held, labels, arguments.output)
-    measure.write_json(measure.result_file("posterior_study", arguments.output), result)
+    measure.write_json(arguments.output / made["file"], result)
 
 
 def predict_all(arguments: argparse.Namespace, predictions: Predictions) -> None:
     """Fine-tune or load, and predict until the time is up."""
+    settings = {n: getattr(arguments, n) for n in ("steps", "lr", "ess", "beta2", "samples", "questions")}
+    file = arguments.work / MADE
+    if file.exists() and json.loads(file.read_text())["settings"] != settings:
+        raise SystemExit(f"{arguments.work} was made with other settings: {file.read_text()}")
+    name = measure.result_file("posterior_study").name
+    measure.write_json(file, {"settings": settings, "environment": measure.environment(), "file": name})
     run = finetuned(arguments, resolve_device(arguments.device))
     test = load_questions(str(arguments.test), limit=arguments.questions)
     foreign = foreign_questions(arguments.foreign, arguments.questions)

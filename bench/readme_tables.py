@@ -223,6 +223,33 @@ def posterior_table() -> str:
     return f"{table(['', '', 'ms', 'ratio'], rows)}\n\n{note}"
 
 
+STUDIES = ("posterior_study_nvidia_h100_80gb_hbm3.json", "posterior_study_cpu__x86_64.json")
+
+
+def study_table() -> str:
+    """Accuracy and calibration by number of samples, as ``bench/posterior_study.py`` measured them."""
+    name = next((name for name in STUDIES if (RESULTS / name).exists()), None)
+    if name is None:
+        return "`python bench/posterior_study.py` measures samples, scales and pruning on a real model."
+    result = load(name)
+    rows = []
+    for row in result["samples"]:
+        count = row["num_samples"]
+        cells = [f"{100 * row['accuracy']:.1f}", f"{100 * row['ece']:.1f}", f"{row['nll']:.3f}"]
+        rows.append([f"{count} sample{'s' * (count > 1)}" if count else "mean", *cells])
+    scores = "; ".join(
+        f"{row['score']}: AURC {row['aurc']:.3f}, foreign questions told with AUROC {row['ood_auroc']:.3f}"
+        for row in result.get("scores", [])
+    )
+    settings = result["settings"]
+    note = (
+        f"{result['test_questions']} test questions, {settings['steps']} steps of IVON, one seed; "
+        f"{result['environment']['device']}. {scores}"
+    )
+    unfinished = "" if result["complete"] else " The run was cut short."
+    return f"{table(['', 'accuracy %', 'ECE %', 'NLL'], rows)}\n\n{note.strip()}{unfinished}"
+
+
 def compatibility_table() -> str:
     """What is supported and the tests that show it, with the versions of their last recorded run."""
     result = load("compatibility.json")
@@ -251,6 +278,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "monteclora": monteclora_table,
     "monteclora robustness": robustness_table,
     "posterior": posterior_table,
+    "posterior study": study_table,
     "train step": train_step_table,
 }
 
