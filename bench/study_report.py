@@ -1,0 +1,185 @@
+"""Tables and plots of the study's rows: ``write`` makes DIR/summary.json, DIR/tables.md and DIR/*.png."""
+
+import json
+import math
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from bayeslora import metrics
+
+NAMES = ("accuracy", "ece", "nll", "brier")
+LABELS = {
+    ("adamw", "mean"): "AdamW",
+    ("adamw", "early"): "AdamW, best early stop",
+    ("adamw", "temperature"): "AdamW + temperature scaling",
+    ("weight_decay", "mean"): "AdamW, weight decay",
+    ("dropout", "mean"): "AdamW, dropout",
+    ("dropout", "mc_dropout"): "MC dropout, 10 passes",
+    ("swag", "swa"): "SWA",
+    ("swag", "swag"): "SWAG, 10 samples",
+    ("ensemble", "mean"): "LoRA ensemble",
+    ("laplace", "samples"): "Laplace-LoRA, diagonal, 10 samples",
+    ("blob", "mean"): "BLoB at the mean",
+    ("blob", "samples"): "BLoB, 10 samples",
+    ("peft_monteclora", "mean"): "MonteCLoRA of PEFT",
+    ("monteclora", "mean"): "MonteCLoRA at the mean",
+    ("monteclora", "samples"): "MonteCLoRA, 10 samples",
+    ("ivon", "mean"): "IVON at the mean",
+    ("ivon", "samples"): "IVON, 10 samples",
+    ("ivon", "pruned"): "IVON at the mean, pruned 10%",
+    ("ivon", "pruned_samples"): "IVON, 10 samples, pruned 10%",
+    ("ivon_auto", "mean"): "IVON.like_adamw at the mean",
+    ("ivon_auto", "samples"): "IVON.like_adamw, 10 samples",
+    ("ivon_auto", "pruned"): "IVON.like_adamw at the mean, pruned 10%",
+    ("ivon_auto", "pruned_samples"): "IVON.like_adamw, 10 samples, pruned 10%",
+    ("ivon_scales", "scale_0.25"): "IVON, 10 samples, variance x 0.25",
+    ("ivon_scales", "scale_0.5"): "IVON, 10 samples, variance x 0.5",
+    ("ivon_scales", "scale_2"): "IVON, 10 samples, variance x 2",
+    ("ivon_scales", "scale_4"): "IVON, 10 samples, variance x 4",
+}
+
+
+def error_of(name: str, values: list[float], questions: int) -> float:
+    """Standard error over seeds; of one run's accuracy, that of the questions; else NaN."""
+    if len(values) > 1:
+        return statistics.stdev(values) / math.sqrt(len(values))
+    return math.sqrt(values[0] * (1 - values[0]) / questions) if name == "accuracy" else math.nan
+
+
+def ensembles(out: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a data set for the average of AdamW's runs, where there are several and their files exist."""
+    members = defaultdict(list)
+    for row in main_rows(rows):
+        if (row["method"], row["view"]) == ("adamw", "mean"):
+            members[row["task"], row["data"]].append(row)
+    found = []
+    for (_, data), runs in members.items():
+        files = [out / "probabilities" / f"{run['key']}-{data}.pt" for run in runs]
+        if len(runs) > 1 and all(file.exists() for file in files):
+            saved = [torch.load(file, weights_only=True) for file in files]
+            probs = sum(entry["probs"] for entry in saved) / len(saved)
+            total = sum(run["train_seconds"] for run in runs)
+            row = {**runs[0], "method": "ensemble", "passes": len(runs), "train_seconds": total, "seed": 0}
+            found.append({**row, **metrics.summary(probs, saved[0]["labels"])})
+    return found
+
+
+def main_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Test rows that are not the robustness grid's, each once."""
+    unique = {(r["key"], r["view"], r["data"]): r for r in rows if r["split"] == "test"}
+    return [r for r in unique.values() if "batch_size" not in r["options"]]
+
+
+def summarize(out: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return mean and standard error of every method, view and data set."""
+    groups = defaultdict(list)
+    for row in [*main_rows(rows), *ensembles(out, rows)]:
+        groups[row["task"], row["data"], row["method"], row["view"], row["steps"]].append(row)
+    found = []
+    for (task, data, method, view, steps), runs in groups.items():
+        entry: dict[str, Any] = {"task": task, "data": data, "method": method, "view": view, "steps": steps}
+        entry |= {"label": LABELS.get((method, view), f"{method} {view}"), "options": runs[0]["options"]}
+        entry |= {"runs": len(runs), "questions": runs[0]["questions"], "passes": runs[0]["passes"]}
+        entry["train_seconds"] = statistics.mean(run["train_seconds"] for run in runs)
+        for name in NAMES:
+            values = [run[name] for run in runs]
+            error = error_of(name, values, runs[0]["questions"])
+            entry[name] = {"mean": statistics.mean(values), "error": None if math.isnan(error) else error}
+        found.append(entry)
+    rank = {pair: i for i, pair in enumerate(LABELS)}
+    return sorted(
+        found,
+        key=lambda e: (e["task"], e["data"] != e["task"], e["data"], rank.get((e["method"], e["view"]), 99)),
+    )
+
+
+def robustness(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Median, spread and worst over the cells (learning rate, batch size, seed) that every method has."""
+    grid = [r for r in rows if r["split"] == "test" and "batch_size" in r["options"]]
+    cells: dict[Any, dict[Any, dict[str, Any]]] = defaultdict(dict)
+    for row in grid:
+        cell = row["task"], row["options"]["lr"], row["options"]["batch_size"], row["seed"]
+        cells[cell][row["method"], row["view"]] = row
+    kinds = {kind for cell in cells.values() for kind in cell}
+    shared = [cell for cell in cells.values() if set(cell) == kinds]
+    found = []
+    for kind in sorted(kinds if shared else ()):
+        entry: dict[str, Any] = {"label": LABELS.get(kind, " ".join(kind)), "cells": len(shared)}
+        for name in NAMES:
+            values = [cell[kind][name] for cell in shared]
+            worst = min(values) if name == "accuracy" else max(values)
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            entry[name] = {"median": statistics.median(values), "spread": spread, "worst": worst}
+        found.append(entry)
+    return found
+
+
+def cell(entry: dict[str, Any], name: str) -> str:
+    scale, digits = (100, 1) if name in ("accuracy", "ece") else (1, 3)
+    value, error = entry[name]["mean"], entry[name]["error"]
+    text = f"{scale * value:.{digits}f}"
+    return text if error is None else f"{text} ± {scale * error:.{digits}f}"
+
+
+def table(entries: list[dict[str, Any]]) -> str:
+    head = ["", "accuracy %", "ECE %", "NLL", "Brier", "runs", "training s", "passes"]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for entry in entries:
+        values = [entry["label"], *[cell(entry, name) for name in NAMES], str(entry["runs"])]
+        values += [f"{entry['train_seconds']:.0f}", str(entry["passes"])]
+        lines.append("| " + " | ".join(values) + " |")
+    return "\n".join(lines)
+
+
+def robustness_table(entries: list[dict[str, Any]]) -> str:
+    head = ["", "cells"] + [f"{n}: median / spread / worst" for n in ("accuracy %", "ECE %", "NLL")]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for entry in entries:
+        values = [entry["label"], str(entry["cells"])]
+        for name, scale, digits in (("accuracy", 100, 1), ("ece", 100, 1), ("nll", 1, 3)):
+            values.append(" / ".join(f"{scale * v:.{digits}f}" for v in entry[name].values()))
+        lines.append("| " + " | ".join(values) + " |")
+    return "\n".join(lines)
+
+
+def plot(entries: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Draw accuracy, ECE and NLL of each row with standard errors."""
+    figure = Figure(figsize=(11, 1.2 + 0.3 * len(entries)), layout="constrained", facecolor="white")
+    for axis, name in zip(figure.subplots(1, 3, sharey=True), ("accuracy", "ece", "nll"), strict=True):
+        means = [entry[name]["mean"] for entry in entries]
+        errors = [entry[name]["error"] or 0.0 for entry in entries]
+        axis.errorbar(means, range(len(entries)), xerr=errors, fmt="o", color="#3b7dd8", ms=4)
+        axis.set(title=name, yticks=range(len(entries)), yticklabels=[entry["label"] for entry in entries])
+        axis.grid(axis="x", color="#e4e7eb")
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].invert_yaxis()  # shared: the first row on top
+    figure.suptitle(title)
+    figure.savefig(path, dpi=130)
+
+
+def write(out: Path, rows: list[dict[str, Any]]) -> None:
+    """Write summary.json, tables.md and the plots, and print the tables."""
+    entries = summarize(out, rows)
+    if not entries:
+        print(f"{len(rows)} rows in {out}, none of a test set yet")
+        return
+    grid = robustness(rows)
+    parts = []
+    for task, data in dict.fromkeys((entry["task"], entry["data"]) for entry in entries):
+        chosen = [entry for entry in entries if (entry["task"], entry["data"]) == (task, data)]
+        title = (
+            f"{task}, {chosen[0]['questions']} questions" if task == data else f"{task} adapters on {data}"
+        )
+        parts.append(f"## {title}\n\n{table(chosen)}\n")
+        plot(chosen, out / f"{task}-{data}.png", title)
+    if grid:
+        parts.append(f"## Over learning rates and batch sizes\n\n{robustness_table(grid)}\n")
+    text = "\n".join(parts)
+    (out / "tables.md").write_text(text)
+    (out / "summary.json").write_text(json.dumps({"rows": entries, "robustness": grid}, indent=1) + "\n")
+    print(text)

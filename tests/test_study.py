@@ -1,0 +1,87 @@
+"""The study: order of runs, choice of options, resume and tables, end to end on a tiny model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_lm import review_rows, save_tiny
+
+BENCH = Path(__file__).resolve().parents[1] / "bench"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    save_tiny(folder / "model")
+    for name, count in (("train", 36), ("test", 12)):
+        lines = [json.dumps(row) for row in review_rows(count)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    config = json.loads((BENCH / "study_config.json").read_text())
+    config |= {"num_samples": 2, "validation": 8, "batch_size": 4, "steps": {"default": 4}}
+    config["methods"]["adamw"]["grid"] = {"lr": [1e-4, 1e-2]}
+    for name in ("ivon", "weight_decay", "dropout"):
+        config["methods"][name]["grid"] = {k: v[:1] for k, v in config["methods"][name]["grid"].items()}
+    config["stages"][0]["seeds"] = 2
+    robustness = next(stage for stage in config["stages"] if stage["name"] == "robustness")
+    robustness["cells"] = {"lr": [1e-3], "batch_size": [2, 4]}
+    robustness["tasks"] = ["openbookqa"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def study(folder, *arguments):
+    files = f"{folder / 'train.jsonl'},{folder / 'test.jsonl'}"
+    command = [sys.executable, str(BENCH / "study.py"), "--model", str(folder / "model")]
+    command += ["--out", str(folder / "out"), "--config", str(folder / "config.json")]
+    command += ["--data", f"openbookqa={files}", "--ood", f"reviews={folder / 'test.jsonl'}", *arguments]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}  # the twins are faster
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.stdout
+
+
+def rows(folder):
+    found = [p.read_text().splitlines() for p in sorted((folder / "out").glob("rows-*.jsonl"))]
+    return [json.loads(line) for lines in found for line in lines]
+
+
+def test_every_method_runs_and_a_second_call_adds_only_what_is_missing(folder):
+    study(folder, "--stages", "main", "--seeds", "1")
+    first = rows(folder)
+    assert {row["method"] for row in first} == {"adamw", "ivon_auto"}
+    searched = {row["options"]["lr"]: row["nll"] for row in first if row["split"] == "validation"}
+    best = min(searched, key=searched.get)
+    assert len(searched) == 2
+    assert {row["options"]["lr"] for row in first if row["split"] == "test"} == {best}
+    text = study(folder, "--seconds", "300", "--seeds", "2")
+    later = rows(folder)
+    assert later[: len(first)] == first
+    keys = [(row["key"], row["view"], row["data"]) for row in later]
+    assert len(keys) == len(set(keys))
+    config = json.loads((folder / "config.json").read_text())
+    for stage in config["stages"]:
+        for method in stage["methods"]:
+            for view in config["methods"][method]["views"]:
+                found = [r for r in later if (r["method"], r["view"], r["split"]) == (method, view, "test")]
+                assert {r["data"] for r in found} == {"openbookqa", "reviews"}, (method, view)
+    for label in ("AdamW + temperature scaling", "LoRA ensemble", "IVON, 10 samples, pruned 10%", "SWAG"):
+        assert f"| {label}" in text
+    assert "Over learning rates and batch sizes" in text
+    summary = json.loads((folder / "out" / "summary.json").read_text())
+    assert {entry["runs"] for entry in summary["rows"] if entry["method"] == "adamw"} == {2}
+    assert (folder / "out" / "openbookqa-openbookqa.png").stat().st_size > 0
+    assert "0 minutes" in study(folder, "--plan", "--stages", "main", "--seeds", "1")
+
+
+def test_plan_puts_the_claims_first():
+    command = [sys.executable, str(BENCH / "study.py"), "--plan", "--data", "arc_easy=a,b"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert lines[0].split()[1:4] == ["validation", "arc_easy", "adamw"]
+    tests = [line for line in lines if " test " in line]
+    assert {line.split()[3] for line in tests[:6]} == {"adamw", "ivon_auto"}
+    assert "minutes with one worker" in lines[-1]
