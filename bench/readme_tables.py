@@ -16,6 +16,7 @@ import compatibility
 
 sys.path.insert(0, str(Path(__file__).parent))
 import readme_lora
+import readme_study
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -268,6 +269,7 @@ def compatibility_table() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "expectations": lambda: readme_study.expectations(RESULTS / "study" / "summary.json", table),
     "model step": lambda: readme_lora.model_step(load, table, _exists, DEVICES),
     "lora layers": lambda: readme_lora.lora_layers(load, table),
     "lora perturbed": lambda: readme_lora.lora_perturbed(load, table),

@@ -256,6 +256,7 @@ class Worker:
 
     def run(self, job: Job) -> list[dict[str, Any]]:
         """Train, predict every view on every set, and return one row each."""
+        import measure
         import study_methods as methods
 
         from bayeslora import metrics
@@ -291,7 +292,7 @@ class Worker:
                         "train_seconds": trained.seconds,
                         "predict_seconds": seconds,
                         "early_step": trained.early_step,
-                        "device": str(self.base.device),
+                        "device": measure.device_name(),
                     }
                 )
         finally:
@@ -314,7 +315,7 @@ class Worker:
             torch.save({"probs": probs.float(), "labels": labels}, folder / f"{key_of(job)}-{name}.pt")
 
 
-def parse() -> argparse.Namespace:
+def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument(
         "--model", help="a folder, hub id or .gguf; default: the demo's, from the package index"
@@ -334,11 +335,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
-def main() -> None:
-    arguments = parse()
+def main(words: list[str]) -> None:
+    arguments = parse(words)
     study = Study(arguments)
     if arguments.plan:
         print_plan(study)
@@ -360,7 +361,7 @@ def main() -> None:
     if arguments.workers == 1:
         Worker(study, 0, until).work()
     else:
-        run_workers(arguments, until)
+        run_workers(words, arguments.model, arguments.workers, until)
     import study_report
 
     study_report.write(study.out, read_rows(study.out))
@@ -372,16 +373,23 @@ def demo_model() -> str:
     return str(fetch(MODEL, cache_folder()))
 
 
-def run_workers(arguments: argparse.Namespace, until: float) -> None:
+def run_workers(words: list[str], model: str, count: int, until: float) -> None:
     import study_model
 
-    model = study_model.converted(arguments.model)
-    command = [sys.executable, __file__, *sys.argv[1:], "--model", model, "--until", str(until)]
-    workers = [subprocess.Popen([*command, "--worker", str(i)]) for i in range(arguments.workers)]
+    command = [
+        sys.executable,
+        __file__,
+        *words,
+        "--model",
+        study_model.converted(model),
+        "--until",
+        str(until),
+    ]
+    workers = [subprocess.Popen([*command, "--worker", str(i)]) for i in range(count)]
     failed = [worker.wait() for worker in workers]
     if any(failed):
         sys.exit(f"workers ended with {failed}")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

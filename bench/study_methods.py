@@ -361,6 +361,6 @@ def end(trained: Trained) -> None:
     bayeslora.unpatch(trained.model)
     trained.model.unload()
     trained.opt = trained.posterior = trained.swag = None
-    gc.collect()  # graphs and their memory
     if DEVICE.type == "cuda":
+        gc.collect()  # graphs and their memory
         torch.cuda.empty_cache()

@@ -181,5 +181,7 @@ def write(out: Path, rows: list[dict[str, Any]]) -> None:
         parts.append(f"## Over learning rates and batch sizes\n\n{robustness_table(grid)}\n")
     text = "\n".join(parts)
     (out / "tables.md").write_text(text)
-    (out / "summary.json").write_text(json.dumps({"rows": entries, "robustness": grid}, indent=1) + "\n")
+    devices = ", ".join(sorted({row["device"] for row in rows}))
+    summary = {"rows": entries, "robustness": grid, "device": devices}
+    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(text)

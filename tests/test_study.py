@@ -1,7 +1,7 @@
 """The study: order of runs, choice of options, resume and tables, end to end on a tiny model."""
 
+import importlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,16 +32,22 @@ def folder(tmp_path_factory):
     return folder
 
 
-def study(folder, *arguments):
-    files = f"{folder / 'train.jsonl'},{folder / 'test.jsonl'}"
-    command = [sys.executable, str(BENCH / "study.py"), "--model", str(folder / "model")]
-    command += ["--out", str(folder / "out"), "--config", str(folder / "config.json")]
-    command += ["--data", f"openbookqa={files}", "--ood", f"reviews={folder / 'test.jsonl'}", *arguments]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}  # the twins are faster
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr, done.stderr
-    return done.stdout
+@pytest.fixture
+def study(folder, monkeypatch, capfd):
+    """Runs the script in this process; returns what it printed."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    script = importlib.import_module("study")
+
+    def run(*arguments):
+        words = ["--model", str(folder / "model"), "--out", str(folder / "out")]
+        words += ["--config", str(folder / "config.json"), "--ood", f"reviews={folder / 'test.jsonl'}"]
+        words += ["--data", f"openbookqa={folder / 'train.jsonl'},{folder / 'test.jsonl'}"]
+        script.main([*words, *arguments])
+        printed = capfd.readouterr()
+        assert "Traceback" not in printed.err, printed.err
+        return printed.out
+
+    return run
 
 
 def rows(folder):
@@ -49,15 +55,15 @@ def rows(folder):
     return [json.loads(line) for lines in found for line in lines]
 
 
-def test_every_method_runs_and_a_second_call_adds_only_what_is_missing(folder):
-    study(folder, "--stages", "main", "--seeds", "1")
+def test_every_method_runs_and_a_second_call_adds_only_what_is_missing(folder, study):
+    study("--stages", "main", "--seeds", "1")
     first = rows(folder)
     assert {row["method"] for row in first} == {"adamw", "ivon_auto"}
     searched = {row["options"]["lr"]: row["nll"] for row in first if row["split"] == "validation"}
     best = min(searched, key=searched.get)
     assert len(searched) == 2
     assert {row["options"]["lr"] for row in first if row["split"] == "test"} == {best}
-    text = study(folder, "--seconds", "300", "--seeds", "2")
+    text = study("--seconds", "300", "--seeds", "2")
     later = rows(folder)
     assert later[: len(first)] == first
     keys = [(row["key"], row["view"], row["data"]) for row in later]
@@ -73,8 +79,15 @@ def test_every_method_runs_and_a_second_call_adds_only_what_is_missing(folder):
     assert "Over learning rates and batch sizes" in text
     summary = json.loads((folder / "out" / "summary.json").read_text())
     assert {entry["runs"] for entry in summary["rows"] if entry["method"] == "adamw"} == {2}
+    readme = importlib.import_module("readme_study")
+    tables = importlib.import_module("readme_tables")
+    section = readme.expectations(folder / "out" / "summary.json", tables.table)
+    assert (
+        "- IVON, 10 samples against AdamW, " in section and "over learning rates and batch sizes" in section
+    )
+    assert "measures IVON against AdamW" in readme.expectations(folder / "none.json", tables.table)
     assert (folder / "out" / "openbookqa-openbookqa.png").stat().st_size > 0
-    assert "0 minutes" in study(folder, "--plan", "--stages", "main", "--seeds", "1")
+    assert "0 minutes" in study("--plan", "--stages", "main", "--seeds", "1")
 
 
 def test_plan_puts_the_claims_first():
@@ -85,3 +98,19 @@ def test_plan_puts_the_claims_first():
     tests = [line for line in lines if " test " in line]
     assert {line.split()[3] for line in tests[:6]} == {"adamw", "ivon_auto"}
     assert "minutes with one worker" in lines[-1]
+
+
+def test_verdicts_say_what_is_worse():
+    sys.path.insert(0, str(BENCH))
+    try:
+        readme = importlib.import_module("readme_study")
+    finally:
+        sys.path.remove(str(BENCH))
+
+    def entry(method, accuracy, ece, nll):
+        values = {"accuracy": accuracy, "ece": ece, "nll": nll}
+        measured = {name: {"mean": value, "error": 0.01} for name, value in values.items()}
+        return {"method": method, "view": "mean", "label": method, **measured}
+
+    text = readme._verdict([entry("adamw", 0.7, 0.15, 1.0), entry("ivon", 0.6, 0.05, 1.01)])
+    assert text == "- ivon against AdamW, better: ECE -10.0; no different: NLL +0.010; worse: accuracy -10.0."

@@ -1,0 +1,82 @@
+"""README's section "What you can expect": the study's tables, and in words where IVON helps and where not."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_COMMAND = "python bench/study.py --data NAME=TRAIN.jsonl,TEST.jsonl --workers 4"
+_POINT = ("adamw", "mean")
+_OURS = (
+    ("ivon", "mean"),
+    ("ivon", "samples"),
+    ("ivon", "pruned_samples"),
+    ("ivon_auto", "mean"),
+    ("ivon_auto", "samples"),
+)
+_METRICS = (("accuracy", "accuracy", 100, 1, 1), ("ece", "ECE", 100, 1, -1), ("nll", "NLL", 1, 3, -1))
+
+
+def expectations(summary: Path, table: Callable[[list[str], list[list[str]]], str]) -> str:
+    """Return the section's generated part; without results, how to get them."""
+    if not summary.exists():
+        return f"`{_COMMAND}` measures IVON against AdamW and its alternatives on your own questions."
+    result = json.loads(summary.read_text())
+    parts = []
+    rows = result["rows"]
+    for task, data in dict.fromkeys((row["task"], row["data"]) for row in rows):
+        entries = [row for row in rows if (row["task"], row["data"]) == (task, data)]
+        where = f"**{task}**" if task == data else f"**{data}**, adapters trained on {task}"
+        head = [f"{where}, {entries[0]['questions']:,} questions", "accuracy %", "ECE %", "NLL", "Brier"]
+        body = [[e["label"], *[_cell(e, n) for n in ("accuracy", "ece", "nll", "brier")]] for e in entries]
+        extra = ["runs", "training s", "passes"]
+        for cells, entry in zip(body, entries, strict=True):
+            cells += [str(entry["runs"]), f"{entry['train_seconds']:.0f}", str(entry["passes"])]
+        parts += [table(head + extra, body), _verdict(entries)]
+    if result.get("robustness"):
+        parts.append(_robustness(result["robustness"], table))
+    if "device" in result:
+        parts.append(f"Means over seeds with standard errors; {result['device']}.")
+    return "\n\n".join(part for part in parts if part)
+
+
+def _cell(entry: dict[str, Any], name: str) -> str:
+    scale, digits = (100, 1) if name in ("accuracy", "ece") else (1, 3)
+    value, error = entry[name]["mean"], entry[name]["error"]
+    text = f"{scale * value:.{digits}f}"
+    return text if error is None else f"{text} ± {scale * error:.{digits}f}"
+
+
+def _verdict(entries: list[dict[str, Any]]) -> str:
+    """Say of each of our rows what is better than AdamW's, worse, or within two standard errors."""
+    found = {(entry["method"], entry["view"]): entry for entry in entries}
+    if _POINT not in found:
+        return ""
+    lines = []
+    for kind in _OURS:
+        if kind not in found:
+            continue
+        words: dict[str, list[str]] = {"better": [], "no different": [], "worse": []}
+        for name, label, scale, digits, sign in _METRICS:
+            ours, point = found[kind][name], found[_POINT][name]
+            gain = sign * (ours["mean"] - point["mean"])
+            error = ((ours["error"] or 0.0) ** 2 + (point["error"] or 0.0) ** 2) ** 0.5
+            verdict = "no different" if abs(gain) <= 2 * error else "better" if gain > 0 else "worse"
+            change = scale * (ours["mean"] - point["mean"])
+            words[verdict].append(f"{label} {change:+.{digits}f}")
+        text = "; ".join(f"{name}: {', '.join(items)}" for name, items in words.items() if items)
+        lines.append(f"- {found[kind]['label']} against AdamW, {text}.")
+    return "\n".join(lines)
+
+
+def _robustness(entries: list[dict[str, Any]], table: Callable[[list[str], list[list[str]]], str]) -> str:
+    head = [f"{entries[0]['cells']} runs over learning rates and batch sizes"]
+    head += [f"{label}: median / spread / worst" for label in ("accuracy %", "ECE %", "NLL")]
+    body = []
+    for entry in entries:
+        cells = [entry["label"]]
+        for name, _, scale, digits, _ in _METRICS:
+            values = (entry[name][k] for k in ("median", "spread", "worst"))
+            cells.append(" / ".join(f"{scale * v:.{digits}f}" for v in values))
+        body.append(cells)
+    return table(head, body)
