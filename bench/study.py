@@ -225,6 +225,7 @@ class Worker:
                 rows = self.run(job)
             except Exception:  # the claim stays: the others go on, and another call tries again
                 traceback.print_exc()
+                (self.study.out / "claims" / f"{key_of(job)}-failed").touch()
                 continue
             with self.file.open("a") as file:
                 file.write("".join(json.dumps(row) + "\n" for row in rows))
@@ -240,7 +241,7 @@ class Worker:
     def _take(self) -> Job | None:
         """Claim the first run that nobody has; None when there is none left."""
         rows = read_rows(self.study.out)
-        done, waiting = {row["key"] for row in rows}, False
+        done, waiting, running = {row["key"] for row in rows}, False, False
         for job in self.study.jobs(rows):
             if job is None:
                 waiting = True
@@ -251,15 +252,14 @@ class Worker:
                 os.close(os.open(self.study.out / "claims" / key_of(job), os.O_CREAT | os.O_EXCL))
                 return job
             except FileExistsError:
-                continue
-        return {"wait": True} if waiting else None
+                running |= not (self.study.out / "claims" / f"{key_of(job)}-failed").exists()
+        return {"wait": True} if waiting and running else None
 
     def run(self, job: Job) -> list[dict[str, Any]]:
         """Train, predict every view on every set, and return one row each."""
         import measure
         import study_methods as methods
-
-        from bayeslora import metrics
+        from study_model import measured
 
         study, task = self.study, job["task"]
         val = self.data[f"{task} validation"]
@@ -287,7 +287,7 @@ class Worker:
                         "view": view,
                         "data": name,
                         "questions": len(data.labels),
-                        **metrics.summary(probs, data.labels),
+                        **measured(probs, data.labels),
                         "passes": len(weights),
                         "train_seconds": trained.seconds,
                         "predict_seconds": seconds,

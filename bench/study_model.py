@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bayeslora import metrics
 from bayeslora.finetune import load_model
 from bayeslora.scoring import EncodedQuestion, batches_by_length
 
@@ -100,6 +101,16 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
     return nn.functional.cross_entropy(scores(model, batch), batch["labels"])
 
 
+def measured(probs: Tensor, labels: Tensor) -> dict[str, float]:
+    """Return what ``metrics.summary`` does, without torchmetrics, which a GPU machine may lack."""
+    return {
+        "accuracy": float((probs.argmax(1) == labels).double().mean()),
+        "ece": metrics.reliability_bins(probs, labels, 15).ece,
+        "nll": metrics.nll(probs, labels),
+        "brier": metrics.brier(probs, labels),
+    }
+
+
 class Data:
     """Questions to predict, batched once for all runs."""
 
@@ -116,7 +127,7 @@ class Data:
     ) -> Tensor:
         """Return probabilities (N, C) averaged over contexts that put weights into the model."""
         if not self._batches:
-            self._groups = batches_by_length(self.encoded, _PASS_TOKENS, max_questions=1024)
+            self._groups = batches_by_length(self.encoded, _PASS_TOKENS, max_questions=256)
             parts = ([self.encoded[i] for i in group] for group in self._groups)
             self._batches = [collate(part, self.choices, fixed=False) for part in parts]
         order = torch.tensor([i for group in self._groups for i in group])

@@ -4,13 +4,12 @@ import json
 import math
 import statistics
 from collections import defaultdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
-
-from bayeslora import metrics
+from study_model import measured
 
 NAMES = ("accuracy", "ece", "nll", "brier")
 LABELS = {
@@ -65,7 +64,7 @@ def ensembles(out: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             probs = sum(entry["probs"] for entry in saved) / len(saved)
             total = sum(run["train_seconds"] for run in runs)
             row = {**runs[0], "method": "ensemble", "passes": len(runs), "train_seconds": total, "seed": 0}
-            found.append({**row, **metrics.summary(probs, saved[0]["labels"])})
+            found.append({**row, **measured(probs, saved[0]["labels"])})
     return found
 
 
@@ -148,7 +147,11 @@ def robustness_table(entries: list[dict[str, Any]]) -> str:
 
 
 def plot(entries: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Draw accuracy, ECE and NLL of each row with standard errors."""
+    """Draw accuracy, ECE and NLL of each row with standard errors, where matplotlib is there."""
+    if find_spec("matplotlib") is None:
+        return
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(11, 1.2 + 0.3 * len(entries)), layout="constrained", facecolor="white")
     for axis, name in zip(figure.subplots(1, 3, sharey=True), ("accuracy", "ece", "nll"), strict=True):
         means = [entry[name]["mean"] for entry in entries]

@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_lm import review_rows, save_tiny
+
+from bayeslora import metrics
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 
@@ -114,3 +117,14 @@ def test_verdicts_say_what_is_worse():
 
     text = readme._verdict([entry("adamw", 0.7, 0.15, 1.0), entry("ivon", 0.6, 0.05, 1.01)])
     assert text == "- ivon against AdamW, better: ECE -10.0; no different: NLL +0.010; worse: accuracy -10.0."
+
+
+def test_what_is_measured_is_the_summary_of_metrics():
+    sys.path.insert(0, str(BENCH))
+    try:
+        model = importlib.import_module("study_model")
+    finally:
+        sys.path.remove(str(BENCH))
+    probs = torch.randn(400, 4, generator=torch.Generator().manual_seed(0)).double().mul(2).softmax(-1)
+    labels = torch.multinomial(probs, 1, generator=torch.Generator().manual_seed(1)).squeeze(1)
+    assert model.measured(probs, labels) == pytest.approx(metrics.summary(probs, labels), rel=1e-5)
