@@ -16,14 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ._backend import uses_triton
 from .kernels import lora_perturbed_twin as twin
 from .kernels.lora_perturbed_twin import Perturbation
 from .lora_linear import _DifferentiableOnce
 from .lora_passes import LoraWeights
-from .lora_products import cast, dropout_ops
+from .lora_products import base_product, cast, dropout_ops
 
 
 def check_perturbation(x: Tensor, layer: LoraWeights, p: Perturbation) -> None:
@@ -106,15 +105,16 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y ``(..., N)``, x as ``(M, K)`` and h ``(M, r)``, in ``dtype``."""
     ops = _kernels()
-    flat = _rows(cast(x, dtype))
+    x = cast(x, dtype).contiguous()
+    flat = _rows(x)
     dropped = flat if seed is None else dropout_ops(flat).dropout(flat, dropout_p, seed)
     a, b = lora_a.detach().contiguous(), lora_b.detach().contiguous()
     a_noise, b_noise = (ops.Noise(seeds, draws, stream) for stream in streams)
     hidden = ops.perturbed_down(dropped, a, a_std.contiguous(), a_noise, scaling, wide_first=False)
     with torch.autocast(x.device.type, enabled=False):
-        y = F.linear(flat, cast(weight, dtype), None if bias is None else cast(bias, dtype))
-    ops.perturbed_up_(y, hidden, b, b_std.contiguous(), b_noise, wide_first=True)
-    return y.view(*x.shape[:-1], y.shape[1]), flat, hidden
+        y = base_product(x, cast(weight, dtype), None if bias is None else cast(bias, dtype))
+    ops.perturbed_up_(_rows(y), hidden, b, b_std.contiguous(), b_noise, wide_first=True)
+    return y, flat, hidden
 
 
 class PerturbedLoRALinearFunction(torch.autograd.Function):

@@ -7,7 +7,6 @@ project's own kernels: `kernel_route` says which, and ``kernels/lora_layer.py`` 
 """
 
 from collections.abc import Sequence
-from functools import cache
 from types import ModuleType
 
 import torch
@@ -58,15 +57,18 @@ def kernel_route(direction: str, x: Tensor, weights: Sequence[Tensor], r: int) -
     return None if route == CUBLAS else route
 
 
-@cache
-def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the scalar that ``addmm`` with ``beta=0`` takes and does not read."""
-    return torch.zeros((), dtype=dtype, device=device)
-
-
 def scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
     """Return ``s · left right``, rounded once, in one launch: h = s x Aᵀ, dh = s dy B."""
-    return torch.addmm(_nothing(left.dtype, left.device), left, right, beta=0.0, alpha=scaling)
+    out = left.new_empty(left.shape[0], right.shape[1])
+    return out.addmm_(left, right, beta=0.0, alpha=scaling)
+
+
+def base_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``x Wᵀ + bias``, ``(..., N)``, which is not a view, as autograd counts."""
+    if bias is None or x.dim() == 2:
+        return F.linear(x, weight, bias)
+    # torch's own way from here gives a view
+    return _unsafe_view(F.linear(x.view(-1, x.shape[-1]), weight, bias), (*x.shape[:-1], weight.shape[0]))
 
 
 def base_plus_lora(x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, lora_b: Tensor) -> Tensor:
@@ -74,12 +76,7 @@ def base_plus_lora(x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tenso
 
     Not a view, as autograd counts: callers may change it in place.
     """
-    if x.dim() == 2:
-        return F.linear(x, weight, bias).addmm_(hidden, lora_b.t())
-    if bias is None:
-        y = F.linear(x, weight)
-    else:  # torch's own way from here gives a view
-        y = _unsafe_view(F.linear(x.view(-1, x.shape[-1]), weight, bias), (*x.shape[:-1], weight.shape[0]))
+    y = base_product(x, weight, bias)
     y.view(-1, y.shape[-1]).addmm_(hidden, lora_b.t())
     return y
 

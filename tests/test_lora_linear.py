@@ -1,9 +1,11 @@
 """The fused LoRA linear op against its twin, an explicit-mask reference and fp64 truth."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from bayeslora import lora_products
 from bayeslora.kernels import lora_linear_twin as twin
@@ -229,6 +231,18 @@ def test_the_output_may_be_changed_in_place(device):
     y *= 3
     y += 1
     torch.testing.assert_close(torch.autograd.grad(y, inputs["lora_b"], dy.view(2, 3, 5)), want)
+
+
+def test_a_run_on_fake_tensors_leaves_nothing_behind(device):
+    """As tools do that estimate memory: nothing of theirs may turn up in a later, real call."""
+    for mode in (FakeTensorMode(), nullcontext()):
+        with mode:
+            x = torch.randn(4, 8, dtype=torch.float16, device=device, requires_grad=True)
+            weight, a, b = (x.new_ones(shape) for shape in ((6, 8), (2, 8), (6, 2)))
+            y = lora_linear(x, weight, None, a, b, SCALING)
+            (dx,) = torch.autograd.grad(y.sum(), x)
+    assert not isinstance(dx, FakeTensor)
+    assert torch.isfinite(dx).all()
 
 
 @pytest.mark.parametrize("power", [1, 2])

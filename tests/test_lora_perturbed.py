@@ -182,6 +182,21 @@ def test_empty_batch_and_no_grad(device, triton_path):
     assert not y.requires_grad
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_output_may_be_changed_in_place(bias, device, triton_path):
+    tensors, sample, dy = _inputs(2, 4, 24, 20, 8, torch.float32, device, bias=bias)
+    perturbation = Perturbation(tensors.pop("a_std"), tensors.pop("b_std"), *sample)
+
+    def layer():
+        return lora_linear(**tensors, scaling=SCALING, perturbation=perturbation)
+
+    want = torch.autograd.grad(layer() * 3 + 1, tensors["lora_b"], dy)
+    y = layer()
+    y *= 3
+    y += 1
+    torch.testing.assert_close(torch.autograd.grad(y, tensors["lora_b"], dy), want)
+
+
 def test_differentiating_twice_is_an_error(device, triton_path):
     tensors, sample, dy = _inputs(2, 4, 24, 20, 8, torch.float32, device)
     perturbation = Perturbation(tensors.pop("a_std"), tensors.pop("b_std"), *sample)
