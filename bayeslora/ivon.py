@@ -617,13 +617,14 @@ class IVON(torch.optim.Optimizer):
                 state = self.state.get(p)
                 if not state or not group.get("perturb", True):
                     continue
-                mean = state["mean"]
-                changed = mean.to(p.dtype) != p
+                # Gathered first: not every version of torch compares DTensors.
+                mean, now = whole(state["mean"]), whole(p.detach())
+                changed = mean.to(p.dtype) != now
                 yield (
                     p,
                     GaussianParameter(
                         parameter=p,
-                        mean=whole(torch.where(changed, p.to(mean.dtype), mean)),
+                        mean=torch.where(changed, now.to(mean.dtype), mean),
                         hess=whole(state["hess"].clone()),
                         stream=stream,
                         ess=float(group["ess"]),

@@ -6,6 +6,7 @@ fused forward (``lora_linear.py``) can serve it; where it cannot, PEFT's own for
 """
 
 import logging
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -27,6 +28,7 @@ _logger = logging.getLogger("bayeslora")
 _Model = TypeVar("_Model", bound=nn.Module)
 
 _FLOAT_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+_BNB_LAYERS = "peft.tuners.lora.bnb"  # importing it needs bitsandbytes
 _QUANTIZED_MODULES = frozenset({"aqlm", "awq", "bnb", "eetq", "gptq", "hqq", "inc", "torchao"})
 _VARIANT_NAMES = {
     "ALoraLinearVariant": "aLoRA",
@@ -224,7 +226,7 @@ def _fused_kind(kind: type) -> type | None:
     """Return the class that `patch` gives a layer of class ``kind``, or None for one that it leaves."""
     if kind in (PeftLoraLinear, FusedLoraLinear):
         return FusedLoraLinear
-    if kind.__module__ in ("peft.tuners.lora.bnb", "bayeslora.lora_quantized"):
+    if kind.__module__ in (_BNB_LAYERS, "bayeslora.lora_quantized") and _BNB_LAYERS in sys.modules:
         from .lora_quantized import FUSED_KINDS
 
         return kind if kind in FUSED_KINDS.values() else FUSED_KINDS.get(kind)

@@ -1,5 +1,6 @@
 """The package as a stranger gets it: the wheel's layout, a lean import, and peace with HF's ``kernels``."""
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -14,7 +15,9 @@ SITE = Path(sysconfig.get_paths()["purelib"])
 
 
 def _run(*command, cwd, check=True):
-    done = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True, check=False)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}  # which a checkout may be on
+    arguments = [str(c) for c in command]
+    done = subprocess.run(arguments, cwd=cwd, env=env, capture_output=True, text=True, check=False)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 

@@ -113,6 +113,7 @@ def test_dropout_and_gradient_checkpointing(kind, use_reentrant, base_folder, de
 
 
 def test_the_dropped_gradient_is_that_of_the_mask(device):
+    pytest.importorskip("bitsandbytes")
     from bayeslora.lora_quantized import add_lora
 
     generator = torch.Generator().manual_seed(0)
