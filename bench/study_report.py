@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from study_model import measured
 
 NAMES = ("accuracy", "ece", "nll", "brier")
@@ -36,11 +37,13 @@ LABELS = {
     ("ivon_auto", "samples"): "IVON.like_adamw, 10 samples",
     ("ivon_auto", "pruned"): "IVON.like_adamw at the mean, pruned 10%",
     ("ivon_auto", "pruned_samples"): "IVON.like_adamw, 10 samples, pruned 10%",
-    ("ivon_scales", "scale_0.25"): "IVON, 10 samples, variance x 0.25",
-    ("ivon_scales", "scale_0.5"): "IVON, 10 samples, variance x 0.5",
-    ("ivon_scales", "scale_2"): "IVON, 10 samples, variance x 2",
-    ("ivon_scales", "scale_4"): "IVON, 10 samples, variance x 4",
 }
+SCALES = ("0.25", "0.5", "2", "4")
+for _method, _name in (("ivon", "IVON"), ("ivon_auto", "IVON.like_adamw")):
+    LABELS |= {(_method, f"scale_{s}"): f"{_name}, 10 samples, variance x {s}" for s in SCALES}
+    LABELS |= {
+        (_method, f"pruned_scale_{s}"): f"{_name}, 10 samples, pruned 10%, variance x {s}" for s in SCALES
+    }
 
 
 def error_of(name: str, values: list[float], questions: int) -> float:
@@ -55,16 +58,17 @@ def ensembles(out: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     members = defaultdict(list)
     for row in main_rows(rows):
         if (row["method"], row["view"]) == ("adamw", "mean"):
-            members[row["task"], row["data"]].append(row)
+            members[row["task"], row["data"], row["lora"], row["steps"]].append(row)
+    file = out / "probabilities.safetensors"
+    saved = load_file(file) if file.exists() else {}
     found = []
-    for (_, data), runs in members.items():
-        files = [out / "probabilities" / f"{run['key']}-{data}.pt" for run in runs]
-        if len(runs) > 1 and all(file.exists() for file in files):
-            saved = [torch.load(file, weights_only=True) for file in files]
-            probs = sum(entry["probs"] for entry in saved) / len(saved)
+    for (_, data, _, _), runs in members.items():
+        names = [f"{run['key']} {data}" for run in runs]
+        if len(runs) > 1 and all(f"{name} probs" in saved for name in names):
+            probs = torch.stack([saved[f"{name} probs"] for name in names]).double().mean(0)
             total = sum(run["train_seconds"] for run in runs)
             row = {**runs[0], "method": "ensemble", "passes": len(runs), "train_seconds": total, "seed": 0}
-            found.append({**row, **measured(probs, saved[0]["labels"])})
+            found.append({**row, **measured(probs, saved[f"{names[0]} labels"])})
     return found
 
 
@@ -78,11 +82,12 @@ def summarize(out: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return mean and standard error of every method, view and data set."""
     groups = defaultdict(list)
     for row in [*main_rows(rows), *ensembles(out, rows)]:
-        groups[row["task"], row["data"], row["method"], row["view"], row["steps"]].append(row)
+        groups[row["task"], row["data"], row["lora"], row["method"], row["view"], row["steps"]].append(row)
     found = []
-    for (task, data, method, view, steps), runs in groups.items():
-        entry: dict[str, Any] = {"task": task, "data": data, "method": method, "view": view, "steps": steps}
-        entry |= {"label": LABELS.get((method, view), f"{method} {view}"), "options": runs[0]["options"]}
+    for (task, data, lora, method, view, steps), runs in groups.items():
+        entry: dict[str, Any] = {"task": task, "data": data, "lora": lora, "method": method, "view": view}
+        label = LABELS.get((method, view), f"{method} {view}")
+        entry |= {"steps": steps, "label": label, "options": runs[0]["options"]}
         entry |= {"runs": len(runs), "questions": runs[0]["questions"], "passes": runs[0]["passes"]}
         entry["train_seconds"] = statistics.mean(run["train_seconds"] for run in runs)
         for name in NAMES:

@@ -10,7 +10,9 @@ import pytest
 import torch
 from tiny_lm import review_rows, save_tiny
 
-from bayeslora import metrics
+from bayeslora import metrics, scoring
+from bayeslora.data import Question
+from bayeslora.finetune import load_model
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 
@@ -27,10 +29,10 @@ def folder(tmp_path_factory):
     config["methods"]["adamw"]["grid"] = {"lr": [1e-4, 1e-2]}
     for name in ("ivon", "weight_decay", "dropout"):
         config["methods"][name]["grid"] = {k: v[:1] for k, v in config["methods"][name]["grid"].items()}
-    config["stages"][0]["seeds"] = 2
-    robustness = next(stage for stage in config["stages"] if stage["name"] == "robustness")
-    robustness["cells"] = {"lr": [1e-3], "batch_size": [2, 4]}
-    robustness["tasks"] = ["openbookqa"]
+    for stage in config["stages"]:
+        stage |= {"tasks": ["openbookqa"], "seeds": 2 if stage["name"] == "claims" else 1}
+        if "cells" in stage:
+            stage["cells"] = {"lr": [1e-3], "batch_size": [2, 4]}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -54,18 +56,18 @@ def study(folder, monkeypatch, capfd):
 
 
 def rows(folder):
-    found = [p.read_text().splitlines() for p in sorted((folder / "out").glob("rows-*.jsonl"))]
-    return [json.loads(line) for lines in found for line in lines]
+    return [json.loads(line) for line in (folder / "out" / "rows.jsonl").read_text().splitlines()]
 
 
 def test_every_method_runs_and_a_second_call_adds_only_what_is_missing(folder, study):
-    study("--stages", "main", "--seeds", "1")
+    study("--stages", "claims", "--seeds", "1", "--methods", "adamw", "ivon_auto")
     first = rows(folder)
     assert {row["method"] for row in first} == {"adamw", "ivon_auto"}
     searched = {row["options"]["lr"]: row["nll"] for row in first if row["split"] == "validation"}
     best = min(searched, key=searched.get)
     assert len(searched) == 2
     assert {row["options"]["lr"] for row in first if row["split"] == "test"} == {best}
+    assert len(list((folder / "out" / "trained").iterdir())) == 3  # the chosen search run is its test run
     text = study("--seconds", "300", "--seeds", "2")
     later = rows(folder)
     assert later[: len(first)] == first
@@ -74,14 +76,16 @@ def test_every_method_runs_and_a_second_call_adds_only_what_is_missing(folder, s
     config = json.loads((folder / "config.json").read_text())
     for stage in config["stages"]:
         for method in stage["methods"]:
-            for view in config["methods"][method]["views"]:
+            for view in stage.get("views", config["methods"][method]["views"]):
                 found = [r for r in later if (r["method"], r["view"], r["split"]) == (method, view, "test")]
                 assert {r["data"] for r in found} == {"openbookqa", "reviews"}, (method, view)
+                assert stage.get("lora", "qv") in {r["lora"] for r in found}, (method, view)
     for label in ("AdamW + temperature scaling", "LoRA ensemble", "IVON, 10 samples, pruned 10%", "SWAG"):
         assert f"| {label}" in text
     assert "Over learning rates and batch sizes" in text
     summary = json.loads((folder / "out" / "summary.json").read_text())
-    assert {entry["runs"] for entry in summary["rows"] if entry["method"] == "adamw"} == {2}
+    adamw = [entry for entry in summary["rows"] if entry["method"] == "adamw"]
+    assert {entry["runs"] for entry in adamw if entry["lora"] == "qv"} == {2}
     readme = importlib.import_module("readme_study")
     tables = importlib.import_module("readme_tables")
     section = readme.expectations(folder / "out" / "summary.json", tables.table)
@@ -90,7 +94,43 @@ def test_every_method_runs_and_a_second_call_adds_only_what_is_missing(folder, s
     )
     assert "measures IVON against AdamW" in readme.expectations(folder / "none.json", tables.table)
     assert (folder / "out" / "openbookqa-openbookqa.png").stat().st_size > 0
-    assert "0 minutes" in study("--plan", "--stages", "main", "--seeds", "1")
+    assert "0 minutes" in study("--plan", "--stages", "claims", "--seeds", "1", "--methods", "adamw")
+
+
+def test_a_model_and_questions_are_prepared_by_one_process_for_all(folder, tmp_path):
+    code = (
+        "import sys, study_model\n"
+        "from pathlib import Path\n"
+        "def make(part):\n"
+        "    part.mkdir()\n"
+        "    (Path(sys.argv[1]) / f'made-{part.name}').touch()\n"
+        "print(study_model.once(Path(sys.argv[1]) / 'thing', make).is_dir())\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    starts = [subprocess.Popen(command, cwd=BENCH, stdout=subprocess.PIPE) for _ in range(3)]
+    assert [start.communicate()[0].strip() for start in starts] == [b"True"] * 3
+    assert len(list(tmp_path.glob("made-*"))) == 1
+
+
+def test_a_packed_question_has_the_scores_of_its_sequences(folder, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    study_model = importlib.import_module("study_model")
+    model, tokenizer = load_model(str(folder / "model"), device=torch.device("cpu"))
+    rows = [
+        Question("the film was good .", ("positive fine", "very very negative", "very bad"), 0),
+        Question("a film", ("dull", "very dull", "very dull and great"), 1),
+        Question("the film was very very very awful .", ("a film .", "bad"), 1),
+    ]
+    encoded = scoring.encode(rows, tokenizer, "loglik")
+    packed = [study_model.pack(q) for q in encoded]
+    assert len(packed[0].tokens) < sum(map(len, encoded[0].sequences))
+    for fixed in (False, True):
+        batch = study_model.collate(packed, 3, fixed=fixed)
+        with torch.no_grad():
+            found = study_model.scores(model, batch)
+            wanted = scoring.choice_scores(model, scoring.collate(encoded, 0))
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert study_model.Data(packed).predict(model).sum(1).tolist() == pytest.approx([1.0] * 3)
 
 
 def test_plan_puts_the_claims_first():
@@ -99,7 +139,7 @@ def test_plan_puts_the_claims_first():
     lines = done.stdout.splitlines()
     assert lines[0].split()[1:4] == ["validation", "arc_easy", "adamw"]
     tests = [line for line in lines if " test " in line]
-    assert {line.split()[3] for line in tests[:6]} == {"adamw", "ivon_auto"}
+    assert {line.split()[3] for line in tests[:6]} == {"adamw", "ivon_auto", "ivon"}
     assert "minutes with one worker" in lines[-1]
 
 

@@ -1,0 +1,274 @@
+"""The study's worker processes: each loads the model once and takes runs until the time is up."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import measure
+import study_methods as methods
+import torch
+from safetensors.torch import load_file, save_file
+from study_model import DEVICE, DTYPE, Data, converted, measured, questions
+
+from bayeslora.data import load_questions, split_questions
+from bayeslora.finetune import load_model
+
+_POLL = 0.5
+_MPS_PROBE = "import torch; torch.zeros(1, device='cuda').item()"
+_WITHOUT_MPS = 8  # workers that a GPU's time slices serve; more would only make each run longer
+Job = dict[str, Any]
+
+
+class OutOfTimeError(Exception):
+    """The time is up in the middle of a run."""
+
+
+class Worker:
+    """One process. Data sets are read when a run first needs them."""
+
+    def __init__(self, study: Any, index: int, until: float) -> None:
+        torch.set_num_threads(1)
+        self.study, self.until, self.index = study, until, index
+        self.file = study.out / f"rows-{index}.jsonl"
+        self.cache = study.arguments.cache
+        model = converted(study.arguments.model, self.cache)
+        self.base, self.tokenizer = load_model(model, device=DEVICE, dtype=DTYPE)
+        self.base.requires_grad_(False)
+        self.base.config.use_cache = False
+        self.seconds: dict[Any, float] = {}  # of the last run of a kind
+        self._sets: dict[str, Any] = {}
+
+    def questions(self, file: str, part: str = "all") -> Any:
+        """Return a file's questions, or of a training file those to fit or to validate."""
+        name = f"{file} {part}"
+        if name not in self._sets:
+            rows = load_questions(file, limit=self.study.arguments.limit)
+            if part != "all":
+                held_out = min(self.study.config["validation"], len(rows) // 4)
+                rows = split_questions(rows, held_out)[part == "fit"]
+            packed = questions(rows, self.tokenizer, self.cache)
+            self._sets[name] = packed if part == "fit" else Data(packed)
+        return self._sets[name]
+
+    def check(self) -> None:
+        if time.time() > self.until:
+            raise OutOfTimeError
+
+    def work(self) -> None:
+        while True:
+            job = self._take()
+            if job is None:
+                return
+            if job.get("wait"):
+                time.sleep(_POLL)
+                continue
+            claim = self.study.claim(job)
+            start = time.time()
+            try:
+                rows = self.run(job)
+            except OutOfTimeError:
+                claim.unlink()
+                return
+            except Exception:  # the claim stays: the others go on, and another call tries again
+                traceback.print_exc()
+                claim.with_name(f"{claim.name}-failed").touch()
+                measure.synchronize()  # raises where the device is lost to this process
+                continue
+            with self.file.open("a") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
+            took = time.time() - start
+            self.seconds[self._kind(job)] = took
+            first = rows[0]
+            print(
+                f"{job['split']:10} {job['task']:12} {job['lora']} {job['method']:15} seed {job['seed']} "
+                f"{job['options']} {first['view']}: accuracy {first['accuracy']:.4f} ECE {first['ece']:.4f} "
+                f"NLL {first['nll']:.4f} ({took:.0f} s, {first['train_seconds']:.0f} s training)",
+                flush=True,
+            )
+
+    def _kind(self, job: Job) -> tuple[Any, ...]:
+        return job["task"], job["trainer"], job["lora"], job["split"], len(job["views"])
+
+    def _take(self) -> Job | None:
+        """Claim the first run that nobody has and that the time is enough for; None if there will be none."""
+        if time.time() > self.until:
+            return None
+        rows = self.study.rows()
+        done, waiting, running = {row["key"] for row in rows}, False, False
+        for job in self.study.jobs(rows):
+            if job is None:
+                waiting = True
+                continue
+            if self.study.key(job) in done:
+                continue
+            if time.time() + self.seconds.get(self._kind(job), 0.0) > self.until:
+                continue
+            claim = self.study.claim(job)
+            try:
+                descriptor = os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+                os.write(descriptor, str(self.index).encode())
+                os.close(descriptor)
+                return job
+            except FileExistsError:
+                running |= not claim.with_name(f"{claim.name}-failed").exists()
+        return {"wait": True} if waiting and running else None
+
+    def run(self, job: Job) -> list[dict[str, Any]]:
+        """Train, predict every view on every set, and return one row each."""
+        study, task = self.study, job["task"]
+        train, test = study.tasks[task].split(",")
+        val = self.questions(train, "validation")
+        file = study.out / "trained" / f"{study.key(job, of_training=True)}.pt"
+        trained = methods.train(
+            self.base, job, study.config, self.questions(train, "fit"), val, file, self.check
+        )
+        sets = {f"{task} validation": val}
+        if job["split"] == "test":
+            sets = {task: self.questions(test)}
+            if task == study.config["ood_task"] and "batch_size" not in job["options"]:
+                sets |= {name: self.questions(path) for name, path in study.ood.items()}
+        rows = []
+        try:
+            for view, (name, data) in product(job["views"], sets.items()):
+                weights, context = methods.view(trained, view, study.config)
+                start = methods.clock()
+                with context:
+                    probs = data.predict(trained.model, weights, self.check)
+                seconds = methods.clock() - start
+                if view == "temperature":
+                    probs = methods.cooled(probs, methods.temperature(val.predict(trained.model), val.labels))
+                self._keep(job, view, name, probs)
+                rows.append(
+                    {
+                        "key": study.key(job),
+                        **{k: v for k, v in job.items() if k not in ("views", "early")},
+                        "view": view,
+                        "data": name,
+                        "questions": len(data.labels),
+                        **measured(probs, data.labels),
+                        "passes": len(weights),
+                        "train_seconds": trained.seconds,
+                        "predict_seconds": seconds,
+                        "early_step": trained.early_step,
+                        "train_loss": trained.train_loss,
+                        "posterior": methods.width(trained.posterior),
+                        "device": measure.device_name(),
+                    }
+                )
+        finally:
+            methods.end(trained)
+        return rows
+
+    def _keep(self, job: Job, view: str, name: str, probs: Any) -> None:
+        """Keep AdamW's probabilities on disk: the report makes the ensemble of them."""
+        if job["method"] == "adamw" and view == "mean" and job["split"] == "test":
+            folder = self.study.out / "probabilities"
+            folder.mkdir(exist_ok=True)
+            labels = self.questions(self._file_of(name)).labels
+            key = f"{self.study.key(job)} {name}"
+            saved = {f"{key} probs": probs.float(), f"{key} labels": labels}
+            save_file(saved, folder / f"{self.study.key(job)}-{name}.safetensors")
+
+    def _file_of(self, name: str) -> str:
+        study = self.study
+        return study.ood[name] if name in study.ood else study.tasks[name].split(",")[1]
+
+
+def merge(out: Path) -> None:
+    """Put the workers' files into rows.jsonl and probabilities.safetensors."""
+    parts = sorted(out.glob("rows-*.jsonl"))
+    text = "".join(file.read_text() for file in [*out.glob("rows.jsonl"), *parts])
+    lines = [line for line in text.splitlines() if line.endswith("}")]
+    if lines:
+        _replace(out / "rows.jsonl", "".join(f"{line}\n" for line in lines))
+    for part in parts:
+        part.unlink()
+    files = sorted((out / "probabilities").glob("*.safetensors"))
+    if files:
+        held = out / "probabilities.safetensors"
+        saved = load_file(held) if held.exists() else {}
+        for file in files:
+            saved |= load_file(file)
+        save_file(saved, held.with_suffix(".part"))
+        held.with_suffix(".part").replace(held)
+        for file in files:
+            file.unlink()
+
+
+def _replace(file: Path, text: str) -> None:
+    part = file.with_suffix(".part")
+    part.write_text(text)
+    part.replace(file)
+
+
+@contextmanager
+def multi_process_service(wanted: bool) -> Iterator[dict[str, str] | None]:
+    """Run NVIDIA's MPS, under which processes' kernels run side by side; yield its environment, or None."""
+    if not wanted or DEVICE.type != "cuda":
+        yield None
+        return
+    folder = Path("/tmp") / f"mps-{os.getpid()}"  # a socket's path must be short
+    folder.mkdir()
+    environment = {"CUDA_MPS_PIPE_DIRECTORY": str(folder), "CUDA_MPS_LOG_DIRECTORY": str(folder)}
+    full = {**os.environ, **environment}
+    clients = {**environment, "CUDA_VISIBLE_DEVICES": "0"}  # counted among those that the daemon sees
+    try:
+        daemon = ["nvidia-cuda-mps-control", "-d"]
+        subprocess.run(daemon, env=full, timeout=30, check=True, capture_output=True)
+        probe = [sys.executable, "-c", _MPS_PROBE]
+        subprocess.run(probe, env={**full, **clients}, timeout=60, check=True, capture_output=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or b""
+        print(f"no MPS: {error} {said.decode(errors='replace')[-300:]}", flush=True)
+        _quit(full)
+        yield None
+        return
+    print("MPS runs", flush=True)
+    try:
+        yield clients
+    finally:
+        _quit(full)
+
+
+def _quit(environment: dict[str, str]) -> None:
+    command = ["nvidia-cuda-mps-control"]
+    with suppress(OSError, subprocess.SubprocessError):
+        subprocess.run(command, input=b"quit\n", env=environment, timeout=30, capture_output=True, check=True)
+
+
+def run_workers(study: Any, words: list[str], until: float) -> None:
+    """Start the worker processes and wait for them."""
+    arguments = study.arguments
+    model = converted(arguments.model, arguments.cache)
+    with multi_process_service(arguments.mps) as mps:
+        count = arguments.workers
+        if arguments.mps and mps is None and DEVICE.type == "cuda":
+            count = min(count, _WITHOUT_MPS)
+        script = str(Path(__file__).with_name("study.py"))
+        command = [sys.executable, script, *words, "--model", model, "--until", str(until)]
+        environment = {**os.environ, **(mps or {}), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        print(f"{count} workers", flush=True)
+
+        def start(index: int) -> subprocess.Popen[bytes]:
+            return subprocess.Popen([*command, "--worker", str(index)], env=environment)
+
+        workers = [start(i) for i in range(count)]
+        restarts = 0
+        while any(worker.poll() is None for worker in workers):
+            time.sleep(_POLL)
+            for i, worker in enumerate(workers):
+                if worker.poll() and restarts < count and time.time() < until:
+                    print(f"worker {i} ended with {worker.returncode}; another takes its place", flush=True)
+                    restarts += 1
+                    for claim in (study.out / "claims").iterdir():
+                        if claim.read_text() == str(i):
+                            claim.with_name(f"{claim.name}-failed").touch()
+                    workers[i] = start(i)
