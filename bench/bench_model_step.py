@@ -26,6 +26,7 @@ from pathlib import Path
 import pytest
 import torch
 from host_costs import ACTIVITIES, host_costs, kernels_of, print_host_costs
+from measure import replace_rows
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -354,8 +355,11 @@ def main() -> None:
         "kernel_rows": lora_products._KERNEL_ROWS,
         "note": "" if CUDA else "no GPU: toy sizes, which measure nothing",
         "host": [] if arguments.no_host else host_costs(build_host_variants, DEVICE),
-        "results": [],
     }
+    before = json.loads(out.read_text()) if out.exists() else {}
+    same = all(before.get(name) == document[name] for name in ("device", "versions", "kernel_rows"))
+    document["host"] = document["host"] or (before["host"] if same else [])
+    document["results"] = before["results"] if same else []  # those of other cases stay
     print(f"{device}{'' if CUDA else ': no GPU, toy sizes, which measure nothing'}")
     print_host_costs(document["host"])
     base = build_base(SHAPES[arguments.shape])
@@ -364,7 +368,8 @@ def main() -> None:
         for tokens in tokens_asked:
             results = list(measure(adapters, tokens, variants, arguments.rounds))
             print_table(results)
-            document["results"] += results
+            case = ("adapters", "tokens", "mode")
+            document["results"] = replace_rows(document["results"], results, case)
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(document, indent=1) + "\n")
         if arguments.profile and adapters == "all-linear r16":

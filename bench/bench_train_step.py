@@ -97,7 +97,8 @@ def main() -> None:
         if rows:
             show(rows)
             results += rows
-            print("written:", measure.write_results("train_step", results, arguments.output))
+            case_fields = ("model", "tokens", "mode")
+            print("written:", measure.write_results("train_step", results, arguments.output, case_fields))
         print(f"{row}: {time.perf_counter() - began:.0f} s in all", flush=True)
         gc.collect()
         if CUDA:

@@ -4,7 +4,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -110,11 +110,34 @@ def result_file(name: str, folder: Path | None = None) -> Path:
     return (folder or RESULTS) / f"{name}_{slug}.json"
 
 
-def write_results(name: str, rows: list[dict[str, object]], folder: Path | None = None) -> Path:
-    """Write rows and the environment to ``<name>_<device>.json``."""
+def write_results(
+    name: str, rows: list[dict[str, object]], folder: Path | None = None, key: Sequence[str] = ()
+) -> Path:
+    """Write rows and the environment to ``<name>_<device>.json``.
+
+    With ``key``, the fields that name a case, the file's rows of other cases stay, so that one case can be
+    measured again: unless they were measured in another environment.
+    """
     file = result_file(name, folder)
-    write_json(file, {"environment": environment(), "rows": rows})
+    document = {"environment": environment(), "rows": rows}
+    if key and file.exists():
+        before = json.loads(file.read_text())
+        if before["environment"] == document["environment"]:
+            document["rows"] = replace_rows(before["rows"], rows, key)
+    write_json(file, document)
     return file
+
+
+def replace_rows(
+    before: list[dict[str, object]], rows: list[dict[str, object]], key: Sequence[str]
+) -> list[dict[str, object]]:
+    """Return ``before`` with the cases that ``rows`` has, in the order of the key's fields."""
+
+    def case(row: dict[str, object]) -> tuple[str, ...]:
+        return tuple(str(row[field]) for field in key)
+
+    new = {case(row) for row in rows}
+    return sorted([*(row for row in before if case(row) not in new), *rows], key=case)
 
 
 def write_json(file: Path, document: dict[str, object]) -> None:
