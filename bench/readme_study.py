@@ -29,9 +29,10 @@ def expectations(summary: Path, table: Callable[[list[str], list[list[str]]], st
         where = f"**{task}**" if task == data else f"**{data}**, adapters trained on {task}"
         head = [f"{where}, {entries[0]['questions']:,} questions", "accuracy %", "ECE %", "NLL", "Brier"]
         body = [[e["label"], *[_cell(e, n) for n in ("accuracy", "ece", "nll", "brier")]] for e in entries]
-        extra = ["runs", "training s", "passes"]
+        extra = ["runs", "ms a step", "passes"]
         for cells, entry in zip(body, entries, strict=True):
-            cells += [str(entry["runs"]), f"{entry['train_seconds']:.0f}", str(entry["passes"])]
+            step = "-" if entry["step_ms"] is None else f"{entry['step_ms']:.1f}"
+            cells += [str(entry["runs"]), step, str(entry["passes"])]
         parts += [table(head + extra, body), _verdict(entries)]
     if result.get("robustness"):
         parts.append(_robustness(result["robustness"], table))

@@ -72,7 +72,7 @@ class Study:
 
     def stages(self) -> list[dict[str, Any]]:
         wanted = self.arguments.stages
-        return [stage for stage in self.config["stages"] if not wanted or stage["name"] in wanted]
+        return [s for s in self.config["stages"] if (s["name"] in wanted if wanted else "asked" not in s)]
 
     def methods(self, stage: dict[str, Any]) -> list[str]:
         wanted = self.arguments.methods
@@ -90,8 +90,8 @@ class Study:
             "lora": stage.get("lora", "qv"),
             "options": options,
             "seed": seed,
-            "steps": self.arguments.steps or steps,
-            "views": stage.get("views", entry["views"]) if split == "test" else ["mean"],
+            "steps": self.arguments.steps or stage.get("steps", steps),
+            "views": stage.get("views", entry["views"]) if split != "validation" else ["mean"],
             "early": "early" in entry["views"],
             "split": split,
             "limit": self.arguments.limit,
@@ -176,7 +176,7 @@ class Study:
                 if options is None:
                     yield None
                 else:
-                    yield self.job(task, method, {**options, **cell}, seed, "test", stage)
+                    yield self.job(task, method, {**options, **cell}, seed, stage.get("split", "test"), stage)
 
 
 def minutes(job: Job, config: dict[str, Any], ood: int) -> float:
@@ -184,7 +184,7 @@ def minutes(job: Job, config: dict[str, Any], ood: int) -> float:
     figures = config["minutes"]
     slow = job["trainer"] == "peft_monteclora"
     step = figures["eager_seconds_per_step" if slow else "seconds_per_step"]
-    tests = 0 if job["split"] == "validation" else 1
+    tests = int(job["split"] == "test")
     views = tests * sum(
         config["num_samples"] if "samples" in v or "scale" in v or v in ("swag", "mc_dropout") else 1
         for v in job["views"]

@@ -15,7 +15,7 @@ from bayeslora import Posterior, metrics
 from bayeslora.posterior import GaussianParameter
 
 SWAG_RANK = 10
-LAPLACE_ROWS = 1000
+LAPLACE_ROWS = 500
 BLOB_PRIOR, BLOB_STD = 0.2, 0.05  # BLoB's prior and its initial scale of the noise (Wang et al., 2024)
 
 

@@ -47,8 +47,8 @@ class Trained:
     """A trained run: the model at its mean, and what its views need."""
 
     model: Any
-    seconds: float
-    steps: int
+    seconds: float = 0.0
+    step_seconds: float = math.nan  # of a step in the second half, when the shapes' graphs are there
     early: list[Tensor] = field(default_factory=list)
     early_step: int = 0
     train_loss: float = math.nan
@@ -162,7 +162,7 @@ def train(
         check: raises when the time is up.
     """
     model, blob = build(base, job, config)
-    done = Trained(model, 0.0, job["steps"], blob=blob)
+    done = Trained(model, blob=blob)
     try:
         saved = torch.load(file, map_location=DEVICE, weights_only=True) if file.exists() else None
         if saved is None:
@@ -204,8 +204,10 @@ def fit_model(
     best, losses = math.inf, []
     check_at = {round(steps * k / CHECKS) for k in range(1, CHECKS + 1)} if job["early"] else set()
     model.train()
-    start = clock()
+    half, start = 0.0, clock()
     for step in range(steps):
+        if step == steps // 2:
+            half = done.seconds + clock() - start
         set_lr(opt, job["options"]["lr"] * factor(step, steps, config["warmup"], done.swag is not None))
         losses.append(step_fn(collate([fit[i] for i in next(batches)], choices, fixed=True)))
         if done.swag is not None and step >= 0.75 * steps and (step % 10 == 0 or step == steps - 1):
@@ -223,6 +225,7 @@ def fit_model(
                 done.early = [p.detach().clone() for p in params]
             start = clock()
     done.seconds += clock() - start
+    done.step_seconds = (done.seconds - half) / (steps - steps // 2)
     done.train_loss = float(torch.stack(losses[-max(1, steps // 10) :]).mean())
     for p in params:
         p.grad = None
@@ -236,7 +239,7 @@ def keep(done: Trained, file: Path) -> None:
     saved = {
         "weights": [p.detach() for p in done.params],
         "early": done.early,
-        "numbers": [done.seconds, done.early_step, done.train_loss],
+        "numbers": [done.seconds, done.step_seconds, done.early_step, done.train_loss],
         "posterior": {
             name: [g.mean, g.hess, g.stream, g.ess, g.weight_decay] for name, g in gaussians.items()
         },
@@ -252,7 +255,7 @@ def restore(done: Trained, saved: dict[str, Any]) -> None:
     for p, value in zip(done.params, saved["weights"], strict=True):
         p.copy_(value)
     done.early = saved["early"]
-    done.seconds, done.early_step, done.train_loss = saved["numbers"]
+    done.seconds, done.step_seconds, done.early_step, done.train_loss = saved["numbers"]
     if saved["posterior"]:
         named = dict(done.model.named_parameters())
         gaussians = {name: GaussianParameter(named[name], *g) for name, g in saved["posterior"].items()}

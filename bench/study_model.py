@@ -24,6 +24,7 @@ from bayeslora.scoring import EncodedQuestion, encode
 
 LENGTHS = (32, 64, 96, 128, 192, 256, 512, 1024, 2048)
 _SCORED = 32  # tokens a question, of the smaller of the two tables that training batches are padded to
+_LONGEST = 512  # tokens of a choice with its question; longer questions lose their beginning
 _ROWS = 4096  # scored tokens that go through the vocabulary projection together, in prediction
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = "bfloat16" if DEVICE.type == "cuda" else "float32"
@@ -116,10 +117,22 @@ def questions(rows: Sequence[Any], tokenizer: Any, cache: Path) -> list[Packed]:
     text = json.dumps([asdict(row) for row in rows]) + str(tokenizer.name_or_path)
 
     def make(file: Path) -> None:
-        file.write_text(json.dumps([asdict(pack(q)) for q in encode(rows, tokenizer)]))
+        file.write_text(json.dumps([asdict(pack(q)) for q in encode(rows, tokenizer, max_length=_LONGEST)]))
 
     file = cache / f"questions-{hashlib.sha1(text.encode()).hexdigest()[:16]}.json"
     return [Packed(**entry) for entry in json.loads(once(file, make).read_text())]
+
+
+def prepare(network: Any) -> Any:
+    """Freeze a model, and make each norm one kernel instead of seven: small steps wait for launches."""
+    network.requires_grad_(False)
+    network.config.use_cache = False
+    for name, module in list(network.named_modules()):
+        if type(module).__name__ == "LlamaRMSNorm":
+            norm = nn.RMSNorm(module.weight.shape, eps=module.variance_epsilon)
+            norm.weight = module.weight
+            network.set_submodule(name, norm)
+    return network
 
 
 def collate(questions: Sequence[Packed], choices: int, *, fixed: bool) -> Batch:

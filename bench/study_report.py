@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from study_model import measured
 
+ALIKE = {"weight_decay": "adamw", "laplace": "adamw"}  # the same steps
 NAMES = ("accuracy", "ece", "nll", "brier")
 LABELS = {
     ("adamw", "mean"): "AdamW",
@@ -79,7 +80,10 @@ def main_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def summarize(out: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return mean and standard error of every method, view and data set."""
+    """Return every method's, view's and data set's mean and standard error, and a step's time alone."""
+    step_ms = {row["method"]: 1e3 * row["step_seconds"] for row in rows if row["split"] == "timing"}
+    for method, like in ALIKE.items():
+        step_ms.setdefault(method, step_ms.get(like))
     groups = defaultdict(list)
     for row in [*main_rows(rows), *ensembles(out, rows)]:
         groups[row["task"], row["data"], row["lora"], row["method"], row["view"], row["steps"]].append(row)
@@ -89,7 +93,7 @@ def summarize(out: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         label = LABELS.get((method, view), f"{method} {view}")
         entry |= {"steps": steps, "label": label, "options": runs[0]["options"]}
         entry |= {"runs": len(runs), "questions": runs[0]["questions"], "passes": runs[0]["passes"]}
-        entry["train_seconds"] = statistics.mean(run["train_seconds"] for run in runs)
+        entry["step_ms"] = step_ms.get(method)
         for name in NAMES:
             values = [run[name] for run in runs]
             error = error_of(name, values, runs[0]["questions"])
@@ -131,11 +135,11 @@ def cell(entry: dict[str, Any], name: str) -> str:
 
 
 def table(entries: list[dict[str, Any]]) -> str:
-    head = ["", "accuracy %", "ECE %", "NLL", "Brier", "runs", "training s", "passes"]
+    head = ["", "accuracy %", "ECE %", "NLL", "Brier", "runs", "ms a step", "passes"]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for entry in entries:
         values = [entry["label"], *[cell(entry, name) for name in NAMES], str(entry["runs"])]
-        values += [f"{entry['train_seconds']:.0f}", str(entry["passes"])]
+        values += ["-" if entry["step_ms"] is None else f"{entry['step_ms']:.1f}", str(entry["passes"])]
         lines.append("| " + " | ".join(values) + " |")
     return "\n".join(lines)
 

@@ -16,7 +16,7 @@ import measure
 import study_methods as methods
 import torch
 from safetensors.torch import load_file, save_file
-from study_model import DEVICE, DTYPE, Data, converted, measured, questions
+from study_model import DEVICE, DTYPE, Data, converted, measured, prepare, questions
 
 from bayeslora.data import load_questions, split_questions
 from bayeslora.finetune import load_model
@@ -36,13 +36,13 @@ class Worker:
 
     def __init__(self, study: Any, index: int, until: float) -> None:
         torch.set_num_threads(1)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it prepares a plan for every shape
         self.study, self.until, self.index = study, until, index
         self.file = study.out / f"rows-{index}.jsonl"
         self.cache = study.arguments.cache
         model = converted(study.arguments.model, self.cache)
-        self.base, self.tokenizer = load_model(model, device=DEVICE, dtype=DTYPE)
-        self.base.requires_grad_(False)
-        self.base.config.use_cache = False
+        base, self.tokenizer = load_model(model, device=DEVICE, dtype=DTYPE)
+        self.base = prepare(base)
         self.seconds: dict[Any, float] = {}  # of the last run of a kind
         self._sets: dict[str, Any] = {}
 
@@ -156,6 +156,7 @@ class Worker:
                         **measured(probs, data.labels),
                         "passes": len(weights),
                         "train_seconds": trained.seconds,
+                        "step_seconds": trained.step_seconds,
                         "predict_seconds": seconds,
                         "early_step": trained.early_step,
                         "train_loss": trained.train_loss,

