@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, T5Config, T5Model
 
 import bayeslora
-from bayeslora import lora_group
+from bayeslora import lora_chain, lora_group
 from bayeslora.kernels import lora_linear_twin as twin
 from bayeslora.lora_group import find_groups
 from bayeslora.lora_linear import apply_layers
@@ -25,6 +25,12 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # fp32, the same terms added in another or
 # torch says so of the first product in autograd's own thread, whoever asks for it.
 pytestmark = pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")
 NAMES = ("q_proj", "k_proj", "v_proj")
+
+
+@pytest.fixture(autouse=True)
+def _no_chain(monkeypatch):
+    """Calls as small as these would take the chain of ``lora_chain.py`` on a GPU, layer by layer."""
+    monkeypatch.setattr(lora_chain, "_DEVICES", frozenset())
 
 
 def _plain(block, x):

@@ -1,0 +1,188 @@
+"""The chain of torch's operators that small eager calls of a patched layer take on a GPU."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
+import bayeslora
+from bayeslora import lora_chain, lora_products, patching
+
+K, R = 12, 3
+BASES = {
+    "linear": lambda: nn.Linear(K, 20),
+    "without bias": lambda: nn.Linear(K, 20, bias=False),
+    "Conv1D": lambda: Conv1D(20, K),
+}
+pytestmark = pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")
+
+
+@pytest.fixture
+def chains(monkeypatch, device) -> list:
+    """Lets the chain serve the tests' device too; grows by the rows of x at each call that it serves."""
+    rows: list[int] = []
+
+    def spy(x, call):
+        rows.append(x.numel() // K)
+        return lora_chain.chain(x, call)
+
+    monkeypatch.setattr(lora_chain, "_DEVICES", frozenset({device.type}))
+    monkeypatch.setattr(patching, "chain", spy)
+    return rows
+
+
+def _pair(device, base="linear", dtype=torch.float32, adapter_dtype=None, **config):
+    """A patched one-layer model and its twin under PEFT's own forward."""
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.layer = BASES[base]()
+    plain = get_peft_model(
+        model,
+        LoraConfig(
+            **{
+                "r": R,
+                "lora_alpha": 5,
+                "target_modules": ["layer"],
+                "fan_in_fan_out": base == "Conv1D",
+                **config,
+            }
+        ),
+    )
+    plain.to(device, dtype)
+    for name, p in plain.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(p, std=0.5)
+            p.data = p.data.to(adapter_dtype or dtype)
+    return bayeslora.patch(copy.deepcopy(plain)), plain
+
+
+def _results(model, x, call=None):
+    model.zero_grad()
+    x = x.detach().requires_grad_()
+    y = (call or model)(x)
+    (y * torch.linspace(-1, 1, y.numel(), device=y.device).to(y.dtype).view(y.shape)).sum().backward()
+    return [y.detach(), x.grad, *(p.grad for n, p in model.named_parameters() if "lora_" in n)]
+
+
+@pytest.mark.parametrize("shape", [(K,), (5, K), (2, 3, K), (2, 3, 2, K), (0, K), (2, 0, K)], ids=str)
+@pytest.mark.parametrize("base", BASES)
+def test_outputs_and_gradients_are_pefts(base, shape, device, chains):
+    patched, plain = _pair(device, base)
+    x = torch.randn(shape, device=device)
+    for got, want in zip(_results(patched, x), _results(plain, x), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(patched(x), plain(x), rtol=1e-4, atol=1e-5)
+    assert chains == [x.numel() // K] * 2
+
+
+def test_strides_do_not_matter(device, chains):
+    patched, plain = _pair(device)
+    x = torch.randn(K, 4, 3, device=device).permute(2, 1, 0)
+    for got, want in zip(_results(patched, x), _results(plain, x), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert chains
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_no_worse_than_pefts(dtype, device, chains):
+    x = torch.randn(64, K, device=device).to(dtype)
+    patched, plain = _pair(device, dtype=dtype)
+    exact = copy.deepcopy(plain).double()
+    truth = _results(exact, x.double())
+    for got, peft, want in zip(_results(patched, x), _results(plain, x), truth, strict=True):
+        error, allowed = ((value.double() - want).norm() for value in (got, peft))
+        assert got.dtype == dtype
+        assert error <= 1.5 * allowed
+    assert chains
+
+
+def test_the_output_may_be_changed_in_place_and_the_input_stays(device, chains):
+    patched, plain = _pair(device)
+    x = torch.randn(5, K, device=device)
+    before = x.clone()
+    changed = (lambda x, m=m: m(x).mul_(2).add_(1) for m in (patched, plain))
+    for got, want in zip(
+        *(_results(m, x, c) for m, c in zip((patched, plain), changed, strict=True)), strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert torch.equal(x, before)
+    assert chains
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_recomputes_the_same_bits(use_reentrant, device, chains):
+    patched, _ = _pair(device)
+    x = torch.randn(5, K, device=device)
+    want = _results(patched, x)
+    got = _results(patched, x, lambda x: checkpoint(patched, x, use_reentrant=use_reentrant))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert len(chains) == 3
+
+
+def test_an_adapter_changed_before_backward_is_an_error(device, chains):
+    patched, _ = _pair(device)
+    y = patched(torch.randn(5, K, device=device, requires_grad=True))
+    with torch.no_grad():
+        next(p for n, p in patched.named_parameters() if "lora_B" in n).add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    assert chains
+
+
+def test_it_can_be_differentiated_twice(device, chains):
+    patched, plain = _pair(device)
+    results = []
+    for model in (patched, plain):
+        x = torch.ones(2, K, device=device, requires_grad=True)
+        (dx,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        results.append(torch.autograd.grad(dx.square().sum(), x)[0])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+    assert chains
+
+
+@pytest.mark.parametrize("case", ["dropout", "autocast", "adapter's dtype", "rows", "size", "compiling"])
+def test_other_calls_are_left_to_the_fused_function(case, device, chains, monkeypatch):
+    config = {"lora_dropout": 0.5} if case == "dropout" else {}
+    mixed = {"dtype": torch.bfloat16, "adapter_dtype": torch.float32} if case == "adapter's dtype" else {}
+    patched, _ = _pair(device, **config, **mixed)
+    if case == "rows":
+        monkeypatch.setattr(lora_products, "_KERNEL_ROWS", 6)
+    if case == "size":
+        monkeypatch.setattr(lora_chain, "_MULTIPLICATIONS", 6 * 20 * K - 1)
+    if case == "compiling":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    x = torch.randn(6, K, device=device, dtype=mixed.get("dtype", torch.float32))
+    with torch.autocast(device.type, torch.bfloat16, enabled=case == "autocast"):
+        patched(x)
+    assert not chains
+    if case in ("rows", "size"):
+        patched(x[:5])
+        assert chains == [5]
+
+
+def test_only_gpus_take_it(device):
+    assert {"cuda"} == lora_chain._DEVICES
+
+
+@pytest.mark.gpu
+def test_a_graph_records_the_fused_function(device, chains):
+    patched, plain = _pair(device)
+    x = torch.randn(6, K, device=device)
+    patched(x)
+    assert len(chains) == 1
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), torch.no_grad():
+        patched(x)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), torch.no_grad():
+        y = patched(x)
+    graph.replay()
+    assert len(chains) == 2
+    torch.testing.assert_close(y, plain(x), rtol=1e-4, atol=1e-5)
