@@ -4,8 +4,8 @@
 
 quantized: a Llama-3.2-3B shape on bitsandbytes int8 and nf4 (skipped without bitsandbytes), PEFT's layers
 against patched ones on the same base, adapters in PEFT's default fp32, all-linear r16; about 90 s on one GPU.
-compiled: eight layers of that shape under ``torch.compile`` (inductor): the base alone, PEFT, patched; about
-150 s. On a CPU a toy checks the script and measures nothing.
+compiled: eight layers of that shape under ``torch.compile`` (inductor): the base alone, PEFT, patched, 8 x 512
+and 8 x 256 tokens; about 200 s. On a CPU a toy checks the script and measures nothing.
 
 Before a pair is timed, the patched layers' loss and adapter gradients must be PEFT's to within TOLERANCE.
 """
@@ -40,6 +40,7 @@ from bayeslora import patch, unpatch
 
 TOLERANCE = 0.05  # roundings of 2^-9 through 28 layers; a wrong term gives 0.5 and more
 ROUNDS = 12 if CUDA else 2
+LENGTHS = (512, 256) if CUDA else (16,)
 
 
 def quantize(model: nn.Module, kind: str) -> nn.Module:
@@ -150,9 +151,9 @@ def timed(title: str, rows: list[Row], pairs: list[tuple[str, str]], checked: di
     }
 
 
-def tokens_of(shape: dict[str, int]) -> Tensor:
+def tokens_of(shape: dict[str, int], length: int = 256) -> Tensor:
     generator = torch.Generator().manual_seed(2)
-    size = (8, 256) if CUDA else (2, 16)
+    size = (8, length) if CUDA else (2, 16)
     return torch.randint(shape["vocab_size"], size, generator=generator).to(DEVICE)
 
 
@@ -180,7 +181,13 @@ def compiled(shape: dict[str, int]) -> Iterator[dict]:
     shape = {**shape, "num_hidden_layers": min(8, shape["num_hidden_layers"])}
     base = build_base(shape)
     model = with_adapters(twin(base))
-    tokens = tokens_of(shape)
+    for length in LENGTHS:
+        torch._dynamo.reset()  # a graph for this length, not one for any
+        yield _compiled_at(length, base, model, shape, backend)
+
+
+def _compiled_at(length: int, base: nn.Module, model: nn.Module, shape: dict[str, int], backend: str) -> dict:
+    tokens = tokens_of(shape, length)
     kinds = {"base": base, "PEFT": model, "patched": patch(twin(model))}
     eager = {name: Row(name, module, tokens) for name, module in kinds.items()}
     rows = []
@@ -197,7 +204,9 @@ def compiled(shape: dict[str, int]) -> Iterator[dict]:
         rows.append(row)
     checked = {row.variant: check(eager["PEFT"], row) for row in rows[1:]}
     pairs = [("patched compiled", "base compiled"), ("PEFT compiled", "base compiled")]
-    yield timed(f"compiled, {shape['num_hidden_layers']} layers, all-linear r16", rows, pairs, checked)
+    layers = shape["num_hidden_layers"]
+    title = f"compiled, {layers} layers, all-linear r16, {tokens.shape[0]}x{tokens.shape[1]}"
+    return timed(title, rows, pairs, checked)
 
 
 def main() -> None:
