@@ -4,8 +4,8 @@
 
 quantized: a Llama-3.2-3B shape on bitsandbytes int8 and nf4 (skipped without bitsandbytes), PEFT's layers
 against patched ones on the same base, adapters in PEFT's default fp32, all-linear r16; about 90 s on one GPU.
-compiled: eight layers of that shape under ``torch.compile`` (inductor): the base alone, PEFT, patched, 8 x 512
-and 8 x 256 tokens; about 200 s. On a CPU a toy checks the script and measures nothing.
+compiled: eight layers of that shape under ``torch.compile`` (inductor): the base alone, PEFT, patched, of
+8 x 512 and 8 x 256 tokens; about 200 s. On a CPU a toy checks the script and measures nothing.
 
 Before a pair is timed, the patched layers' loss and adapter gradients must be PEFT's to within TOLERANCE.
 """
