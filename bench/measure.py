@@ -104,9 +104,9 @@ def copy_bandwidth(bytes_moved: int = 2 << 30) -> float:
     return bytes_moved / statistics.median(measure(lambda: target.copy_(source), 4) for _ in range(9))
 
 
-def result_file(name: str, folder: Path | None = None) -> Path:
-    """Return where `write_results` puts the results of that name on this device."""
-    slug = "".join(c if c.isalnum() else "_" for c in device_name()).strip("_").lower()
+def result_file(name: str, folder: Path | None = None, device: str | None = None) -> Path:
+    """Return where `write_results` puts the results of that name on this device, or on the one named."""
+    slug = "".join(c if c.isalnum() else "_" for c in device or device_name()).strip("_").lower()
     return (folder or RESULTS) / f"{name}_{slug}.json"
 
 

