@@ -1,21 +1,16 @@
-"""What the study's baselines need beside an optimizer: SWAG, BLoB, MC dropout, Laplace."""
+"""What the study's baselines need beside an optimizer: SWAG, BLoB, MC dropout."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
-from study_model import DEVICE, Data, Packed, collate, scores
+from study_model import DEVICE
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from bayeslora import Posterior, metrics
-from bayeslora.posterior import GaussianParameter
-
 SWAG_RANK = 10
-LAPLACE_ROWS = 500
 BLOB_PRIOR, BLOB_STD = 0.2, 0.05  # BLoB's prior and its initial scale of the noise (Wang et al., 2024)
 
 
@@ -120,30 +115,3 @@ def dropped(model: Any, seed: int) -> Iterator[None]:
             yield
         finally:
             model.eval()
-
-
-def laplace(model: Any, fit: Sequence[Packed], val: Data) -> Posterior:
-    """Diagonal Laplace-LoRA (Yang et al., 2024): the Fisher information's diagonal at the trained weights.
-
-    F = mean over questions of g², g the gradient at an answer drawn from the model; the precision is
-    N F + p, with the prior precision p that gives the lowest validation NLL. Sampled, not linearized.
-    """
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    fisher = [torch.zeros_like(p) for p in named.values()]
-    generator = torch.Generator().manual_seed(0)
-    for i in torch.randperm(len(fit), generator=generator)[:LAPLACE_ROWS].tolist():
-        logits = scores(model, collate([fit[i]], fit[i].choices, fixed=False))[0]
-        answer = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)
-        grads = torch.autograd.grad(-logits.log_softmax(-1)[answer.to(DEVICE)].sum(), list(named.values()))
-        for total, grad in zip(fisher, grads, strict=True):
-            total.addcmul_(grad, grad, value=1.0 / min(len(fit), LAPLACE_ROWS))
-    found = []
-    for prior in (1e2, 1e3, 1e4, 1e5, 1e6):
-        gaussians = {
-            name: GaussianParameter(p, p.detach().clone(), f.clone(), i, float(len(fit)), prior / len(fit))
-            for i, ((name, p), f) in enumerate(zip(named.items(), fisher, strict=True))
-        }
-        posterior = Posterior(model, gaussians)
-        weights = [partial(posterior.sample, seed=seed) for seed in range(4)]
-        found.append((metrics.nll(val.predict(model, weights), val.labels), prior, posterior))
-    return min(found, key=lambda row: row[:2])[2]

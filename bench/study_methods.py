@@ -16,7 +16,8 @@ from typing import Any
 import measure
 import torch
 from peft import LoraConfig, MontecloraConfig, TaskType, get_peft_model
-from study_baselines import BlobNoise, Swag, blob_kl, blob_sample, dropped, held, laplace
+from study_baselines import BlobNoise, Swag, blob_kl, blob_sample, dropped, held
+from study_laplace import Laplace
 from study_model import DEVICE, Data, Packed, collate, loss
 from torch import Tensor, nn
 
@@ -55,6 +56,7 @@ class Trained:
     posterior: Any = None
     swag: Any = None
     blob: list[nn.Module] = field(default_factory=list)
+    linear: dict[str, Callable[[Data], Tensor]] = field(default_factory=dict)
 
     @property
     def params(self) -> list[nn.Parameter]:
@@ -175,7 +177,9 @@ def train(
         if job["trainer"] == "monteclora":
             done.posterior = Posterior.from_monteclora(model)
         elif job["trainer"] == "laplace":
-            done.posterior = laplace(model, fit, val)
+            found = Laplace(model, fit, check)
+            done.posterior = found.best_posterior(val)
+            done.linear = {f"linear_{kind}": found.linearized(val, kind) for kind in ("diagonal", "kfac")}
     except BaseException:
         end(done)
         raise
@@ -288,6 +292,8 @@ def view(
     inside = pruned(trained.posterior, config["prune"]) if name.startswith("pruned") else nullcontext()
     if "scale_" in name:
         return samples(trained, count, float(name.rsplit("_", maxsplit=1)[-1])), inside
+    if name in trained.linear:
+        return plain, inside
     makers: dict[str, Callable[[], list[Weights]]] = {
         "mean": lambda: plain,
         "temperature": lambda: plain,
@@ -317,6 +323,7 @@ def end(trained: Trained) -> None:
     """Take the adapter off the base model."""
     bayeslora.unpatch(trained.model)
     trained.model.unload()
+    trained.linear = {}
     trained.model = trained.posterior = trained.swag = None
     if DEVICE.type == "cuda":
         gc.collect()  # graphs and their memory

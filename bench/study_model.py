@@ -22,8 +22,8 @@ from bayeslora import metrics
 from bayeslora.finetune import load_model
 from bayeslora.scoring import EncodedQuestion, encode
 
-LENGTHS = (32, 64, 96, 128, 192, 256, 512, 1024, 2048)
-_SCORED = 32  # tokens a question, of the smaller of the two tables that training batches are padded to
+LENGTHS = (64, 128, 256, 512, 1024, 2048)
+_SCORED = 64  # tokens a question, of the smaller of the two tables that training batches are padded to
 _LONGEST = 512  # tokens of a choice with its question; longer questions lose their beginning
 _ROWS = 4096  # scored tokens that go through the vocabulary projection together, in prediction
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -141,7 +141,7 @@ def collate(questions: Sequence[Packed], choices: int, *, fixed: bool) -> Batch:
     Args:
         questions: Q of them.
         choices: C, the most that a question of the data has.
-        fixed: pad to few shapes: a length of ``LENGTHS``, 32 Q scored tokens or a power of two times that.
+        fixed: pad to few shapes: a length of ``LENGTHS``, 64 Q scored tokens or a power of two times that.
 
     Returns:
         ``input_ids``, ``position_ids``, ``groups`` (Q, T); ``row``, ``index``, ``token``, ``slot`` (R): where

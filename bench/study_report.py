@@ -25,6 +25,8 @@ LABELS = {
     ("swag", "swag"): "SWAG, 10 samples",
     ("ensemble", "mean"): "LoRA ensemble",
     ("laplace", "samples"): "Laplace-LoRA, diagonal, 10 samples",
+    ("laplace", "linear_diagonal"): "Laplace-LoRA, diagonal, linearized",
+    ("laplace", "linear_kfac"): "Laplace-LoRA, KFAC, linearized",
     ("blob", "mean"): "BLoB at the mean",
     ("blob", "samples"): "BLoB, 10 samples",
     ("peft_monteclora", "mean"): "MonteCLoRA of PEFT",

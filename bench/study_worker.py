@@ -141,11 +141,14 @@ class Worker:
                 weights, context = methods.view(trained, view, study.config)
                 start = methods.clock()
                 with context:
-                    probs = data.predict(trained.model, weights, self.check)
+                    if view in trained.linear:
+                        probs = trained.linear[view](data)
+                    else:
+                        probs = data.predict(trained.model, weights, self.check)
                 seconds = methods.clock() - start
                 if view == "temperature":
                     probs = methods.cooled(probs, methods.temperature(val.predict(trained.model), val.labels))
-                self._keep(job, view, name, probs)
+                self._keep(job, view, name, probs, data.labels)
                 rows.append(
                     {
                         "key": study.key(job),
@@ -168,19 +171,14 @@ class Worker:
             methods.end(trained)
         return rows
 
-    def _keep(self, job: Job, view: str, name: str, probs: Any) -> None:
+    def _keep(self, job: Job, view: str, name: str, probs: torch.Tensor, labels: torch.Tensor) -> None:
         """Keep AdamW's probabilities on disk: the report makes the ensemble of them."""
         if job["method"] == "adamw" and view == "mean" and job["split"] == "test":
             folder = self.study.out / "probabilities"
             folder.mkdir(exist_ok=True)
-            labels = self.questions(self._file_of(name)).labels
             key = f"{self.study.key(job)} {name}"
             saved = {f"{key} probs": probs.float(), f"{key} labels": labels}
             save_file(saved, folder / f"{self.study.key(job)}-{name}.safetensors")
-
-    def _file_of(self, name: str) -> str:
-        study = self.study
-        return study.ood[name] if name in study.ood else study.tasks[name].split(",")[1]
 
 
 def merge(out: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny_lm import review_rows, save_tiny
 
 from bayeslora import metrics, scoring
@@ -136,6 +137,52 @@ def test_a_packed_question_has_the_scores_of_its_sequences(folder, monkeypatch):
             wanted = scoring.choice_scores(model, scoring.collate(encoded, 0))
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     assert study_model.Data(packed).predict(model).sum(1).tolist() == pytest.approx([1.0] * 3)
+
+
+def test_laplace_is_the_covariance_of_the_linearized_model(folder, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    study_model, study_laplace = map(importlib.import_module, ("study_model", "study_laplace"))
+    base, tokenizer = load_model(str(folder / "model"), device=torch.device("cpu"))
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(base, lora).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+    questions = [Question(row["question"], row["choices"], row["answer"]) for row in review_rows(12)]
+    packed = [study_model.pack(q) for q in scoring.encode(questions, tokenizer)]
+    found = study_laplace.Laplace(model, packed)
+    params = [layer.weight for layer in found.layers]
+    assert len(params) == 8
+    batch = study_model.collate(packed[:2], 2, fixed=False)
+    for kind in ("diagonal", "kfac"):
+        _, (covariance,) = found._logits(batch, kind, (3.0,))
+        for q in range(2):
+            logits = study_model.scores(model, study_model.collate(packed[q : q + 1], 2, fixed=False))[0]
+            jacobian = [torch.autograd.grad(value, params, retain_graph=True) for value in logits]
+            wanted = torch.zeros(2, 2)
+            for i, layer in enumerate(found.layers):
+                j = torch.stack([gradients[i].flatten() for gradients in jacobian])
+                if kind == "kfac":
+                    a = layer.inputs @ layer.input_values.diag() @ layer.inputs.T
+                    g = layer.outputs @ layer.output_values.diag() @ layer.outputs.T
+                    precision = 12 * torch.kron(g, a) + 3.0 * torch.eye(a.shape[0] * g.shape[0])
+                else:
+                    precision = torch.diag(12 * layer.diagonal.flatten() + 3.0)
+                wanted += j @ torch.linalg.solve(precision, j.T)
+            torch.testing.assert_close(covariance[q], wanted, rtol=2e-3, atol=1e-5)
+    squares = [torch.zeros_like(p) for p in params]  # of the Fisher information, over both answers exactly
+    for question in packed:
+        logs = study_model.scores(model, study_model.collate([question], 2, fixed=False))[0].log_softmax(0)
+        for log in logs:
+            gradients = torch.autograd.grad(log, params, retain_graph=True)
+            for square, gradient in zip(squares, gradients, strict=True):
+                square.add_(log.exp().detach() * gradient.square() / len(packed))
+    drawn = sum(layer.diagonal.sum() for layer in found.layers) / sum(map(torch.sum, squares))
+    assert 0.3 < drawn < 3.0  # twelve answers drawn
+    probs = found.linearized(study_model.Data(packed), "kfac")(study_model.Data(packed[:5]))
+    assert probs.shape == (5, 2)
+    torch.testing.assert_close(probs.sum(1), torch.ones(5, dtype=torch.float64))
 
 
 def test_plan_puts_the_claims_first():
