@@ -24,9 +24,10 @@ def expectations(summary: Path, table: Callable[[list[str], list[list[str]]], st
     result = json.loads(summary.read_text())
     parts = []
     rows = result["rows"]
-    for task, data in dict.fromkeys((row["task"], row["data"]) for row in rows):
-        entries = [row for row in rows if (row["task"], row["data"]) == (task, data)]
+    for task, data, lora in dict.fromkeys((row["task"], row["data"], row["lora"]) for row in rows):
+        entries = [row for row in rows if (row["task"], row["data"], row["lora"]) == (task, data, lora)]
         where = f"**{task}**" if task == data else f"**{data}**, adapters trained on {task}"
+        where += "" if lora == "qv" else ", LoRA on all linear layers"
         head = [f"{where}, {entries[0]['questions']:,} questions", "accuracy %", "ECE %", "NLL", "Brier"]
         body = [[e["label"], *[_cell(e, n) for n in ("accuracy", "ece", "nll", "brier")]] for e in entries]
         extra = ["runs", "ms a step", "passes"]

@@ -102,10 +102,12 @@ def summarize(out: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             entry[name] = {"mean": statistics.mean(values), "error": None if math.isnan(error) else error}
         found.append(entry)
     rank = {pair: i for i, pair in enumerate(LABELS)}
-    return sorted(
-        found,
-        key=lambda e: (e["task"], e["data"] != e["task"], e["data"], rank.get((e["method"], e["view"]), 99)),
-    )
+
+    def place(e: dict[str, Any]) -> tuple[Any, ...]:
+        foreign, row = e["data"] != e["task"], rank.get((e["method"], e["view"]), 99)
+        return e["task"], e["lora"] != "qv", foreign, e["data"], row
+
+    return sorted(found, key=place)
 
 
 def robustness(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -184,13 +186,16 @@ def write(out: Path, rows: list[dict[str, Any]]) -> None:
         return
     grid = robustness(rows)
     parts = []
-    for task, data in dict.fromkeys((entry["task"], entry["data"]) for entry in entries):
-        chosen = [entry for entry in entries if (entry["task"], entry["data"]) == (task, data)]
-        title = (
-            f"{task}, {chosen[0]['questions']} questions" if task == data else f"{task} adapters on {data}"
-        )
+    for where in dict.fromkeys((entry["task"], entry["data"], entry["lora"]) for entry in entries):
+        chosen = [e for e in entries if (e["task"], e["data"], e["lora"]) == where]
+        task, data, lora = where
+        title = f"{task}, {chosen[0]['questions']} questions"
+        if task != data:
+            title = f"{task} adapters on {data}, {chosen[0]['questions']} questions"
+        if lora != "qv":
+            title += ", LoRA on all linear layers"
         parts.append(f"## {title}\n\n{table(chosen)}\n")
-        plot(chosen, out / f"{task}-{data}.png", title)
+        plot(chosen, out / f"{task}-{data}-{lora}.png", title)
     if grid:
         parts.append(f"## Over learning rates and batch sizes\n\n{robustness_table(grid)}\n")
     text = "\n".join(parts)

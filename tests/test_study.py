@@ -99,7 +99,7 @@ def test_every_method_runs_and_a_second_call_adds_only_what_is_missing(folder, s
         "- IVON, 10 samples against AdamW, " in section and "over learning rates and batch sizes" in section
     )
     assert "measures IVON against AdamW" in readme.expectations(folder / "none.json", tables.table)
-    assert (folder / "out" / "openbookqa-openbookqa.png").stat().st_size > 0
+    assert (folder / "out" / "openbookqa-openbookqa-qv.png").stat().st_size > 0
     assert "0 minutes" in study("--plan", "--stages", "claims", "--seeds", "1", "--methods", "adamw")
 
 
