@@ -92,9 +92,8 @@ class Trials:
             arguments.cache,
             until,
         )
-        self.base, tokenizer = load_model(arguments.model, device=DEVICE, dtype=DTYPE)
-        self.base.requires_grad_(False)
-        self.base.config.use_cache = False
+        base, tokenizer = load_model(arguments.model, device=DEVICE, dtype=DTYPE)
+        self.base = study_model.prepare(base)
         rows = (load_questions(file, limit=self.limit) for file in (arguments.train, arguments.test))
         self.train, test = (study_model.questions(r, tokenizer, self.cache) for r in rows)
         self.test = study_model.Data(test)

@@ -129,8 +129,6 @@ def finetuned(
     """Return the trained run, or the one that FOLDER keeps."""
     torch.backends.cuda.enable_cudnn_sdp(False)  # it prepares a plan for every shape
     base, _ = load_model(arguments.model, device=study_model.DEVICE, dtype=study_model.DTYPE)
-    base.requires_grad_(False)
-    base.config.use_cache = False
     given = arguments.ess_per_row is not None
     job = {
         "trainer": "ivon" if given else "ivon_auto",
@@ -141,7 +139,9 @@ def finetuned(
         "early": False,
     }
     file = arguments.work / "run.pt"
-    return study_methods.train(base, job, CONFIG, rows, study_model.Data(rows), file, check)
+    return study_methods.train(
+        study_model.prepare(base), job, CONFIG, rows, study_model.Data(rows), file, check
+    )
 
 
 def predict_all(arguments: argparse.Namespace, predictions: Predictions, deadline: float) -> None:
