@@ -16,7 +16,7 @@ from peft.tuners.lora.layer import Linear as PeftLoraLinear
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from .lora_chain import chain, waits_for_the_host
+from .lora_chain import chain, chain_serves
 from .lora_group import LoraCall, LoraGroup, add_groups, remove_groups
 from .lora_linear import apply_layers
 from .monteclora import attach as attach_monteclora
@@ -194,7 +194,7 @@ def _sibling_call(layer: nn.Module, x: Tensor) -> LoraCall | None:
 
 def _fused_forward(layer: PeftLoraLinear, x: Tensor, adapter: str) -> Tensor:
     call = _lora_call(layer, adapter)
-    if waits_for_the_host(x, call):
+    if chain_serves(x, call):
         return chain(x, call)
     if "_lora_group" in layer.__dict__ and not torch.compiler.is_compiling():
         group: LoraGroup

@@ -30,7 +30,7 @@ def chains(monkeypatch, device) -> list:
         rows.append(x.numel() // K)
         return lora_chain.chain(x, call)
 
-    monkeypatch.setattr(lora_chain, "_DEVICES", frozenset({device.type}))
+    monkeypatch.setattr(lora_chain, "_EAGER_DEVICES", frozenset({device.type}))
     monkeypatch.setattr(patching, "chain", spy)
     return rows
 
@@ -97,7 +97,7 @@ def test_half_precision_is_no_worse_than_pefts(dtype, device, chains):
     for got, peft, want in zip(_results(patched, x), _results(plain, x), truth, strict=True):
         error, allowed = ((value.double() - want).norm() for value in (got, peft))
         assert got.dtype == dtype
-        assert error <= 1.5 * allowed
+        assert error <= 2 * allowed  # sums of a few dozen numbers, in another order
     assert chains
 
 
@@ -145,7 +145,7 @@ def test_it_can_be_differentiated_twice(device, chains):
     assert chains
 
 
-@pytest.mark.parametrize("case", ["dropout", "autocast", "adapter's dtype", "rows", "size", "compiling"])
+@pytest.mark.parametrize("case", ["dropout", "autocast", "adapter's dtype", "rows", "size"])
 def test_other_calls_are_left_to_the_fused_function(case, device, chains, monkeypatch):
     config = {"lora_dropout": 0.5} if case == "dropout" else {}
     mixed = {"dtype": torch.bfloat16, "adapter_dtype": torch.float32} if case == "adapter's dtype" else {}
@@ -154,8 +154,6 @@ def test_other_calls_are_left_to_the_fused_function(case, device, chains, monkey
         monkeypatch.setattr(lora_products, "_KERNEL_ROWS", 6)
     if case == "size":
         monkeypatch.setattr(lora_chain, "_MULTIPLICATIONS", 6 * 20 * K - 1)
-    if case == "compiling":
-        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     x = torch.randn(6, K, device=device, dtype=mixed.get("dtype", torch.float32))
     with torch.autocast(device.type, torch.bfloat16, enabled=case == "autocast"):
         patched(x)
@@ -166,7 +164,7 @@ def test_other_calls_are_left_to_the_fused_function(case, device, chains, monkey
 
 
 def test_only_gpus_take_it(device):
-    assert {"cuda"} == lora_chain._DEVICES
+    assert {"cuda"} == lora_chain._EAGER_DEVICES
 
 
 @pytest.mark.gpu

@@ -30,7 +30,7 @@ NAMES = ("q_proj", "k_proj", "v_proj")
 @pytest.fixture(autouse=True)
 def _no_chain(monkeypatch):
     """Calls as small as these would take the chain of ``lora_chain.py`` on a GPU, layer by layer."""
-    monkeypatch.setattr(lora_chain, "_DEVICES", frozenset())
+    monkeypatch.setattr(lora_chain, "_EAGER_DEVICES", frozenset())
 
 
 def _plain(block, x):

@@ -107,8 +107,8 @@ def test_public_names_work(fresh_venv, tmp_path):
 @pytest.mark.parametrize("cwd", ["elsewhere", "root"])
 def test_transformers_sees_hugging_faces_kernels_or_none(fresh_venv, cwd, tmp_path):
     python, with_hf = fresh_venv
-    if with_hf:
-        pytest.importorskip("kernels", reason="Hugging Face's kernels package is not installed")
+    if with_hf and not any(entry.name == "kernels" for entry in SITE.iterdir()):
+        pytest.skip("Hugging Face's kernels package is not installed")
     code = (
         "import transformers, bayeslora.kernels.ivon_twin\n"
         "from transformers import LlamaForCausalLM\n"
