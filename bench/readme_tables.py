@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import readme_lora
 import readme_monteclora
 import readme_study
+import readme_system
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -31,6 +32,10 @@ DEVICES = {"nvidia_h100_80gb_hbm3": "H100", "nvidia_h200": "H200"}  # in file na
 
 def _exists(name: str) -> bool:
     return (RESULTS / name).exists()
+
+
+def _files(pattern: str) -> list[str]:
+    return sorted(file.name for file in RESULTS.glob(pattern))
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -236,6 +241,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "lora perturbed": lambda: readme_lora.lora_perturbed(load, table),
     "compatibility": compatibility_table,
     "demo": demo_table,
+    "several gpus": lambda: readme_system.distributed(load, table, _files("distributed_*.json")),
+    "bases": lambda: readme_system.bases(load, table, _files("bases_*.json")),
     "ivon": ivon_table,
     "memory": memory_table,
     "monteclora": monteclora_table,
