@@ -31,8 +31,8 @@ _MULTIPLICATIONS = 2**36
 def chain_serves(x: Tensor, call: LoraCall) -> bool:
     """Tell whether the chain serves a layer's call: a small one without dropout and autocast.
 
-    Eager, x and the adapter must have one dtype, else the fused function's gradients would be the more
-    accurate.
+    Eager with gradients, x and the adapter must have one dtype, else those of the fused function would be
+    the more accurate.
     """
     if call.dropout_p != 0.0 or torch.is_autocast_enabled(x.device.type):
         return False
@@ -45,7 +45,7 @@ def chain_serves(x: Tensor, call: LoraCall) -> bool:
 def _serves_eager(x: Tensor, call: LoraCall) -> bool:
     if x.device.type not in _EAGER_DEVICES or type(x) is not Tensor:
         return False
-    if call.lora_a.dtype != x.dtype or call.lora_b.dtype != x.dtype:
+    if torch.is_grad_enabled() and (call.lora_a.dtype != x.dtype or call.lora_b.dtype != x.dtype):
         return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 

@@ -59,6 +59,7 @@ DTYPE = torch.bfloat16 if CUDA else torch.float32
 S, S_PREDICT = 8, 10
 PROMPT, NEW, LENGTH = (64, 128, 256) if CUDA else (5, 6, 8)
 FEW = min(16, NEW)
+TOLERANCE = 0.05 if CUDA else 1e-4  # bf16 through 28 layers, rounded elsewhere in a graph (lora_chain.py)
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
@@ -131,6 +132,7 @@ class Decoder:
         self.token = torch.zeros(rows, 1, dtype=torch.int64, device=DEVICE)
         self.position = torch.zeros(1, dtype=torch.int64, device=DEVICE)
         self.columns = torch.arange(self.length, device=DEVICE)
+        self.logits = torch.zeros(rows, self.base.config.vocab_size, device=DEVICE)
         names = inspect.signature(self.base.model.forward).parameters
         self.takes_position = "cache_position" in names  # of older transformers
         self.graph: Any = None
@@ -147,7 +149,8 @@ class Decoder:
         }
         if self.takes_position:
             inputs["cache_position"] = positions
-        return self.base(**inputs).logits[:, -1].argmax(-1, keepdim=True)
+        self.logits.copy_(self.base(**inputs).logits[:, -1])
+        return self.logits.argmax(-1, keepdim=True)
 
     def prefill(self, prompt: Tensor) -> None:
         self.cache.reset()
@@ -182,6 +185,22 @@ class Decoder:
             tokens.append(self.token.clone())
         return torch.cat(tokens, 1)
 
+    def distance(self, prompt: Tensor) -> float:
+        """How far the graph's logits are from the eager steps', relative, over FEW tokens of the latter's."""
+        tokens, logits = [], []
+        self.prefill(prompt)
+        for _ in range(FEW):
+            tokens.append(self.token.clone())
+            self.step()
+            logits.append(self.logits.clone())
+        self.prefill(prompt)
+        errors = []
+        for token, want in zip(tokens, logits, strict=True):
+            self.token.copy_(token)
+            (self.step if self.graph is None else self.graph.replay)()
+            errors.append(((self.logits - want).norm() / want.norm()).item())
+        return max(errors)
+
 
 def captured_rows(posterior: Posterior, prompt: Tensor, rounds: int) -> dict[str, Any]:
     """Times of decoding by CUDA graphs, checked against the eager steps; or why it could not be."""
@@ -191,12 +210,12 @@ def captured_rows(posterior: Posterior, prompt: Tensor, rounds: int) -> dict[str
         with torch.no_grad():
             with posterior.sample(0):
                 one.capture(prompt)
-                same = torch.equal(one.run(prompt, True, FEW), one.run(prompt, False, FEW))
+                errors = [one.distance(prompt)]
             with layers.active(range(S), 1.0, S):
                 many.capture(prompt)
-                same = same and torch.equal(many.run(prompt, True, FEW), many.run(prompt, False, FEW))
-                if not same:
-                    return {"reason": "a captured step's tokens are not the eager step's"}
+                errors.append(many.distance(prompt))
+                if max(errors) > TOLERANCE:
+                    return {"reason": f"captured logits are {errors} from the eager steps', relative"}
                 # The graphs hold the samples' addresses: both replay whatever context is open.
                 calls = {
                     "one sample, captured": lambda: one.run(prompt, True),

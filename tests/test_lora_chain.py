@@ -145,6 +145,16 @@ def test_it_can_be_differentiated_twice(device, chains):
     assert chains
 
 
+def test_without_gradients_adapters_are_cast(device, chains):
+    patched, plain = _pair(device, dtype=torch.bfloat16, adapter_dtype=torch.float32)
+    x = torch.randn(6, K, device=device, dtype=torch.bfloat16)
+    with torch.no_grad():
+        torch.testing.assert_close(patched(x), plain(x), rtol=0.02, atol=0.05)
+    with torch.inference_mode():
+        assert patched(x).dtype == torch.bfloat16
+    assert chains == [6, 6]
+
+
 @pytest.mark.parametrize("case", ["dropout", "autocast", "adapter's dtype", "rows", "size"])
 def test_other_calls_are_left_to_the_fused_function(case, device, chains, monkeypatch):
     config = {"lora_dropout": 0.5} if case == "dropout" else {}
