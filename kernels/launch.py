@@ -35,6 +35,16 @@ _CALL = (
 )
 
 
+def cdiv(a: int, b: int) -> int:
+    """Return ``a / b`` rounded up. Triton's own is a compiler's function: microseconds a call on the host."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """Return the smallest power of two that is at least ``n``, at least 1."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
 class _Compiled(NamedTuple):
     """What a direct launch needs of one compiled kernel."""
 

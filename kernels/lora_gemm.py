@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .launch import Launcher
+from .launch import Launcher, cdiv, next_power_of_2
 from .lora_routes import gemm_route
 
 _MAX_FACTORS = 3  # q, k and v
@@ -165,7 +165,7 @@ def _lora_gemm_kernel(
 
 def padded_rank(r: int) -> int:
     """Return the rank a tensor-core product takes: a power of two, at least 16."""
-    return max(16, triton.next_power_of_2(r))
+    return max(16, next_power_of_2(r))
 
 
 def rows_fit(tensor: Tensor) -> bool:
@@ -246,7 +246,7 @@ def gemm_tma(
     operands = [t for x, weight in factors for t in (x, weight if weight_nk else weight.t())]
     launch = _launcher(tiles, bias is not None, weight_nk, rank, lora_desc, overlap)
     launch(
-        (_programs(out.device, tiles.per_sm, triton.cdiv(m, tiles.block_m) * triton.cdiv(n, tiles.block_n)),),
+        (_programs(out.device, tiles.per_sm, cdiv(m, tiles.block_m) * cdiv(n, tiles.block_n)),),
         out,
         *operands,
         *[None] * (2 * _MAX_FACTORS - len(operands)),

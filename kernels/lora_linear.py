@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launcher
+from .launch import Launcher, cdiv
 from .lora_linear_twin import keep_threshold
 from .noise import interleave4, philox4x
 
@@ -59,7 +59,7 @@ def _launcher(accumulate: bool) -> Launcher:
 def _launch(out: Tensor, x: Tensor, p: float, seed: Tensor, accumulate: bool) -> Tensor:
     numel = x.numel()
     if numel:
-        grid = (triton.cdiv(numel, _BLOCK),)
+        grid = (cdiv(numel, _BLOCK),)
         _launcher(accumulate)(grid, out, x, seed, numel, keep_threshold(p), 1.0 / (1.0 - p))
     return out
 

@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .launch import Launcher, Plans
+from .launch import Launcher, Plans, cdiv
 from .lora_gemm import Tiles, fits_tma, gemm_tma, padded_rank, rows_fit
 from .lora_skinny import RowTiles, sum_parts, xa_triton
 
@@ -171,18 +171,14 @@ class TallPlan(NamedTuple):
     outs: Sequence[Tensor]
 
 
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 @cache
 def _tall_ranges(m: int, widths: tuple[int, ...], tiles: PairTiles) -> tuple[int, int]:
     """Return the rows of a range, and how many ranges one or two products over M rows are cut into."""
-    columns = sum(_cdiv(width, tiles.block_n) for width in widths)
-    row_blocks = _cdiv(m, tiles.block_m)
-    blocks = _cdiv(row_blocks, max(1, tiles.programs // columns))
+    columns = sum(cdiv(width, tiles.block_n) for width in widths)
+    row_blocks = cdiv(m, tiles.block_m)
+    blocks = cdiv(row_blocks, max(1, tiles.programs // columns))
     blocks = min(blocks, _MAX_ROWS // tiles.block_m)
-    return blocks * tiles.block_m, _cdiv(row_blocks, blocks)
+    return blocks * tiles.block_m, cdiv(row_blocks, blocks)
 
 
 def plan_tall(products: Sequence[TallProduct], dtype: torch.dtype, tiles: PairTiles) -> list[TallPlan]:
@@ -191,7 +187,7 @@ def plan_tall(products: Sequence[TallProduct], dtype: torch.dtype, tiles: PairTi
     pairs = [products[i : i + 2] for i in range(0, len(products), 2)]
     cuts = [_tall_ranges(wide.shape[0], tuple(p.wide.shape[1] for p in pair), tiles) for pair in pairs]
     sizes = [ranges * p.numel for pair, (_, ranges) in zip(pairs, cuts, strict=True) for p in pair]
-    aligned = [_cdiv(size, 4) * 4 for size in sizes]  # every part starts at a multiple of 16 bytes
+    aligned = [cdiv(size, 4) * 4 for size in sizes]  # every part starts at a multiple of 16 bytes
     parts = wide.new_empty(sum(aligned), dtype=torch.float32).split_with_sizes(aligned)
     outs = [wide.new_empty(product.shape, dtype=dtype) for product in products]
     return [
@@ -203,7 +199,7 @@ def plan_tall(products: Sequence[TallProduct], dtype: torch.dtype, tiles: PairTi
 def _launch_parts(plan: TallPlan, tiles: PairTiles, overlap: bool) -> None:
     """Write the parts: one launch."""
     pair, first = plan.pair, plan.pair[0]
-    columns = sum(_cdiv(product.wide.shape[1], tiles.block_n) for product in pair)
+    columns = sum(cdiv(product.wide.shape[1], tiles.block_n) for product in pair)
     none = (plan.parts[0], first.wide, first.thin, 0, 0, 0, 0, 0, 0, 0)
     rank = max(padded_rank(product.thin.shape[1]) for product in pair)
     _pair_launcher(tiles, rank, overlap)(

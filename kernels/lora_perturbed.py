@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launcher
+from .launch import Launcher, cdiv, next_power_of_2
 from .lora_gemm import padded_rank
 from .lora_skinny import sum_parts
 from .noise import interleave4, randn4x
@@ -298,7 +298,7 @@ def _block_w(rank: int) -> int:
 
 
 def _block_m(rows: int, rank: int, most: int = 128) -> int:
-    return max(16, min(triton.next_power_of_2(rows), most if rank <= 64 else 32))
+    return max(16, min(next_power_of_2(rows), most if rank <= 64 else 32))
 
 
 @cache
@@ -341,11 +341,11 @@ def perturbed_down(
     rows = m // groups
     block_m = _block_m(rows, rank)
     block_w = _block_w(padded_rank(rank))
-    blocks = groups * triton.cdiv(rows, block_m)
-    steps = triton.cdiv(width, block_w)
+    blocks = groups * cdiv(rows, block_m)
+    steps = cdiv(width, block_w)
     splits = max(1, min(steps, _PROGRAMS // blocks))
-    split_steps = triton.cdiv(steps, splits)
-    splits = triton.cdiv(steps, split_steps)
+    split_steps = cdiv(steps, splits)
+    splits = cdiv(steps, split_steps)
     out = x.new_empty(m, rank)
     parts = out if splits == 1 else x.new_empty(splits * m * rank, dtype=torch.float32)
     _kernel_for(_perturbed_down_kernel, mean.shape, wide_first, block_m)(
@@ -373,12 +373,12 @@ def perturbed_up_(
     (m, width), groups = out.shape, noise.seeds.numel()
     rows = m // groups
     block_m = _block_m(rows, hidden.shape[1])
-    columns = triton.cdiv(width, _block_w(padded_rank(hidden.shape[1])))
-    blocks = triton.cdiv(rows, block_m)
+    columns = cdiv(width, _block_w(padded_rank(hidden.shape[1])))
+    blocks = cdiv(rows, block_m)
     ranges = max(1, min(blocks, _PROGRAMS // (columns * groups)))
-    in_range = triton.cdiv(blocks, ranges) * block_m
+    in_range = cdiv(blocks, ranges) * block_m
     _kernel_for(_perturbed_up_kernel, mean.shape, wide_first, block_m)(
-        (groups * triton.cdiv(rows, in_range), columns), out, hidden, mean, std, noise.seeds, noise.draws,
+        (groups * cdiv(rows, in_range), columns), out, hidden, mean, std, noise.seeds, noise.draws,
         noise.stream, rows, in_range, width, hidden.shape[1], out.stride(0),
     )  # fmt: skip
     return out
@@ -400,9 +400,9 @@ def perturbed_grads(wide: Tensor, thin: Tensor, noise: Noise, *, wide_first: boo
     out = wide.new_empty(2, *((width, rank) if wide_first else (rank, width)), dtype=torch.float32)
     rows = m // groups
     block_m = _block_m(rows, rank, most=64)
-    columns = triton.cdiv(width, _block_w(padded_rank(rank)))
-    in_range = triton.cdiv(groups, max(1, min(groups, _PROGRAMS // columns)))
-    ranges = triton.cdiv(groups, in_range)
+    columns = cdiv(width, _block_w(padded_rank(rank)))
+    in_range = cdiv(groups, max(1, min(groups, _PROGRAMS // columns)))
+    ranges = cdiv(groups, in_range)
     numel = width * rank
     parts = out if ranges == 1 else wide.new_empty(2, ranges, numel, dtype=torch.float32)
     _kernel_for(_perturbed_grads_kernel, out[0].shape, wide_first, block_m)(
@@ -422,6 +422,6 @@ def sample_factors(
     mean, std = mean.contiguous(), std.contiguous()
     out = mean.new_empty(seeds.numel(), *mean.shape, dtype=dtype)
     if out.numel():
-        grid = (triton.cdiv(mean.numel(), _SAMPLE_BLOCK), seeds.numel())
+        grid = (cdiv(mean.numel(), _SAMPLE_BLOCK), seeds.numel())
         _sample_launcher()(grid, out, mean, std, seeds, draws, stream, mean.numel())
     return out

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from .launch import Launcher
+from .launch import Launcher, cdiv, next_power_of_2
 from .lora_routes import skinny_route
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -195,7 +195,7 @@ def _sum_parts_kernel(
 
 
 def _padded_rank(r: int) -> int:
-    return max(16, triton.next_power_of_2(r))
+    return max(16, next_power_of_2(r))
 
 
 @cache
@@ -244,7 +244,7 @@ def sum_parts(
     both = dh is not None
     dh, dh_parts = (wide, wide_parts) if dh is None or dh_parts is None else (dh, dh_parts)
     dh_numel = dh.numel() if both else 0
-    grid = (triton.cdiv(wide.numel(), _SUM_BLOCK) + triton.cdiv(dh_numel, _SUM_BLOCK),)
+    grid = (cdiv(wide.numel(), _SUM_BLOCK) + cdiv(dh_numel, _SUM_BLOCK),)
     _sum_launcher(both)(grid, wide, dh, wide_parts, dh_parts, wide.numel(), dh_numel, parts, dh_count, scale)
 
 
@@ -261,7 +261,7 @@ def xa_triton(
     hidden = x.new_empty(m, r) if out is None else out
     launch = _xa_launcher(tiles, _padded_rank(r), k % tiles.block_k == 0, overlap)
     launch(
-        (triton.cdiv(m, tiles.block_m),),
+        (cdiv(m, tiles.block_m),),
         hidden, x, a, scale, m, k, r, *x.stride(), *a.stride(), hidden.stride(0),
     )  # fmt: skip
     return hidden
@@ -278,9 +278,9 @@ def _tall(
     """Return ``wideᵀ thin`` (transposed where lora_b is None) and ``scale · wide B``: two launches."""
     (m, n), r = wide.shape, thin.shape[1]
     with_dh = lora_b is not None
-    row_blocks, col_blocks = triton.cdiv(m, tiles.block_m), triton.cdiv(n, tiles.block_n)
-    blocks = triton.cdiv(row_blocks * col_blocks, tiles.programs)
-    ranges = triton.cdiv(row_blocks, blocks)
+    row_blocks, col_blocks = cdiv(m, tiles.block_m), cdiv(n, tiles.block_n)
+    blocks = cdiv(row_blocks * col_blocks, tiles.programs)
+    ranges = cdiv(row_blocks, blocks)
     parts = wide.new_empty(ranges * n * r + (col_blocks * m * r if with_dh else 0), dtype=torch.float32)
     dh_parts = parts[ranges * n * r :]
     out = wide.new_empty((n, r) if with_dh else (r, n), dtype=dtype)
