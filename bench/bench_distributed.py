@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from bench_model_step import ALL_LINEAR
 from measure import environment, spread
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -34,25 +35,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bayeslora import IVON, keep_gradients_local, patch
 from bayeslora.ivon_distributed import whole
+from bayeslora.step_benchmark import SHAPES
 
-LLAMA_3B = {
-    "hidden_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 24,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "intermediate_size": 8192,
-    "vocab_size": 128256,
-}
-TOY = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 96,
-    "vocab_size": 128,
-}
-ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ADAPTERS = {"q,v r8": (8, ["q_proj", "v_proj"]), "all-linear r16": (16, ALL_LINEAR)}
 CHECK_STEPS, TOLERANCE = 3, 0.1
 IVON_SETTINGS = {"lr": 1e-3, "ess": 1e7, "hess_init": 5e-3, "clip_radius": 1e-2, "rescale_lr": False}
@@ -75,7 +59,7 @@ def build(job: Job, adapters: str) -> nn.Module:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with job.device:
-            config = LlamaConfig(**job.shape, tie_word_embeddings=True, attn_implementation="sdpa")
+            config = LlamaConfig(**job.shape, attn_implementation="sdpa")
             base = LlamaForCausalLM(config)
     finally:
         torch.set_default_dtype(torch.float32)
@@ -246,7 +230,11 @@ def main() -> None:
     else:
         torch.set_num_threads(1)
     dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
-    job = Job(device, LLAMA_3B, (8, 512), 12, 2) if cuda else Job(device, TOY, (2, 16), 3, 2)
+    job = (
+        Job(device, SHAPES["Llama-3.2-3B"], (8, 512), 12, 2)
+        if cuda
+        else Job(device, SHAPES["toy"], (2, 16), 3, 2)
+    )
     start = time.perf_counter()
     results = []
     for adapters in ADAPTERS:

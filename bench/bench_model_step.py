@@ -33,35 +33,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bayeslora import lora_products, patch
 from bayeslora.lora_group import remove_groups
+from bayeslora.step_benchmark import SHAPES as MODELS
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
-LLAMA_3B = {
-    "hidden_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 24,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "intermediate_size": 8192,
-    "vocab_size": 128256,
-}
-LLAMA_8B = {
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "intermediate_size": 14336,
-    "vocab_size": 128256,
-}
-TOY = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 96,
-    "vocab_size": 128,
-}
+LLAMA_3B, LLAMA_8B, TOY = (MODELS[name] for name in ("Llama-3.2-3B", "Llama-3-8B", "toy"))
 SHAPES = {"Llama-3.2-3B": LLAMA_3B, "Llama-3-8B": LLAMA_8B} if CUDA else {"toy": TOY}
 SHAPE = LLAMA_3B if CUDA else TOY
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -86,7 +62,7 @@ def build_base(shape: dict[str, int] = SHAPE) -> nn.Module:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(DEVICE):
-            config = LlamaConfig(**shape, tie_word_embeddings=True, attn_implementation="sdpa")
+            config = LlamaConfig(**{**shape, "tie_word_embeddings": True}, attn_implementation="sdpa")
             model = LlamaForCausalLM(config)
     finally:
         torch.set_default_dtype(torch.float32)

@@ -32,29 +32,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from bayeslora import IVON, Posterior, patch, unpatch
 from bayeslora.posterior_batched import SampledLayers
+from bayeslora.step_benchmark import SHAPES
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
-SHAPE = (
-    {
-        "hidden_size": 3072,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 24,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "intermediate_size": 8192,
-        "vocab_size": 128256,
-    }
-    if CUDA
-    else {
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 96,
-        "vocab_size": 128,
-    }
-)
+SHAPE = SHAPES["Llama-3.2-3B" if CUDA else "toy"]
 DTYPE = torch.bfloat16 if CUDA else torch.float32
 S, S_PREDICT = 8, 10
 PROMPT, NEW, LENGTH = (64, 128, 256) if CUDA else (5, 6, 8)
@@ -67,7 +49,7 @@ def build(shape: dict[str, int], dtype: torch.dtype, ess: float) -> Posterior:
     """A patched model with random weights, and a posterior around random adapters."""
     torch.manual_seed(0)
     with torch.device(DEVICE):
-        config = LlamaConfig(**shape, tie_word_embeddings=True, attn_implementation="sdpa")
+        config = LlamaConfig(**shape, attn_implementation="sdpa")
         base = LlamaForCausalLM(config).to(dtype)
     base.requires_grad_(False)
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
