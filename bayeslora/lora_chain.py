@@ -29,23 +29,27 @@ _MULTIPLICATIONS = 2**36
 
 
 def chain_serves(x: Tensor, call: LoraCall) -> bool:
-    """Tell whether the chain serves a layer's call: a small one without dropout and autocast.
+    """Tell whether the chain serves a layer's call: a small one, without dropout, in x's and W's dtype.
 
-    Eager with gradients, x and the adapter must have one dtype, else those of the fused function would be
-    the more accurate.
+    Eager with gradients, the adapter must have that dtype too, or autocast be on (whose products round
+    gradients as the chain does): else those of the fused function would be the more accurate.
     """
-    if call.dropout_p != 0.0 or torch.is_autocast_enabled(x.device.type):
+    if call.dropout_p != 0.0:
         return False
-    if not (torch.compiler.is_compiling() or _serves_eager(x, call)):
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if autocast and not torch.get_autocast_dtype(x.device.type) == x.dtype == call.weight.dtype:
+        return False
+    if not (torch.compiler.is_compiling() or _serves_eager(x, call, autocast)):
         return False
     rows = x.numel() // max(x.shape[-1], 1)
     return rows < lora_products._KERNEL_ROWS and rows * call.weight.numel() <= _MULTIPLICATIONS
 
 
-def _serves_eager(x: Tensor, call: LoraCall) -> bool:
+def _serves_eager(x: Tensor, call: LoraCall, autocast: bool) -> bool:
     if x.device.type not in _EAGER_DEVICES or type(x) is not Tensor:
         return False
-    if torch.is_grad_enabled() and (call.lora_a.dtype != x.dtype or call.lora_b.dtype != x.dtype):
+    one_dtype = call.lora_a.dtype == x.dtype == call.lora_b.dtype
+    if not one_dtype and not autocast and torch.is_grad_enabled():
         return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 

@@ -155,6 +155,22 @@ def test_without_gradients_adapters_are_cast(device, chains):
     assert chains == [6, 6]
 
 
+def test_autocast_casts_adapters_and_rounds_as_pefts_layers_do(device, chains):
+    patched, plain = _pair(device, dtype=torch.bfloat16, adapter_dtype=torch.float32)
+    x = torch.randn(64, K, device=device, dtype=torch.bfloat16)
+    truth = _results(copy.deepcopy(plain).double(), x.double())
+
+    def autocast(model):
+        with torch.autocast(device.type, torch.bfloat16):
+            return _results(model, x)
+
+    for got, peft, want in zip(autocast(patched), autocast(plain), truth, strict=True):
+        assert got.dtype == peft.dtype
+        error, allowed = ((value.double() - want).norm() for value in (got, peft))
+        assert error <= 2 * allowed
+    assert chains == [64]
+
+
 @pytest.mark.parametrize("case", ["dropout", "autocast", "adapter's dtype", "rows", "size"])
 def test_other_calls_are_left_to_the_fused_function(case, device, chains, monkeypatch):
     config = {"lora_dropout": 0.5} if case == "dropout" else {}
