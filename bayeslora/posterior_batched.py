@@ -9,8 +9,9 @@ so the base model is read once for all samples. A and B are the posterior's own 
 written into the model. Two routes with the same numbers, up to the rounding of the products:
 
 - on a GPU, A and B are perturbed inside the kernels (``lora_perturbed.py``): no sample in memory;
-- elsewhere, and where 64 samples or more take one row each (a step of decoding, where it was measured to
-  be 10 to 20% faster), the samples are written once and kept while the context is open.
+- elsewhere, and where every sample takes few rows (a step of decoding), the samples are written once and
+  kept while the context is open: three products of torch's own, which cost the host less. That is done up
+  to a quarter of the layer's own memory; from 64 samples of one row on always, since the GPU is faster too.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from .ivon_distributed import is_sharded
 from .kernels import lora_perturbed_twin as twin
 from .kernels.lora_perturbed_twin import Perturbation
 from .lora_linear import LoraWeights, compute_dtype
+from .lora_products import cast
 
 if TYPE_CHECKING:
     from .posterior import GaussianParameter, Posterior
@@ -36,7 +38,8 @@ if TYPE_CHECKING:
 SLOT = "_posterior_samples"
 """Name in a layer's ``__dict__`` of its `LayerSamples`, there while a context is open."""
 
-_KEPT_FROM = 64
+_KEPT_ROWS, _KEPT_FROM = 16, 64
+_KEPT_SHARE = 4  # below that number, samples are kept where they take at most this part of the weight
 
 
 class NotBatched(Exception):
@@ -88,25 +91,36 @@ class LayerSamples:
 
             matrices = self.lora_a, self.lora_b
             return perturbed_lora_linear(x, weight, bias, *matrices, *self.perturbation, scaling, dtype)
-        groups = self.perturbation.seeds.numel()
-        one_row = groups >= _KEPT_FROM and x.numel() == groups * x.shape[-1]
-        if one_row or dtype == torch.float64 or not uses_triton(x.device):
+        if dtype == torch.float64 or not uses_triton(x.device) or self._keeps(x, weight):
+            if torch.is_autocast_enabled(x.device.type):
+                with torch.autocast(x.device.type, enabled=False):
+                    return self._products(x, weight, bias, scaling, dtype)
             return self._products(x, weight, bias, scaling, dtype)
         from .lora_perturbed import perturbed_layer
 
         layer = LoraWeights(weight, bias, self.lora_a, self.lora_b)
         return perturbed_layer(x, layer, scaling, self.perturbation, 0.0, None, dtype)
 
+    def _keeps(self, x: Tensor, weight: Tensor) -> bool:
+        """Tell whether written samples are to serve a GPU's call: few rows a sample, and memory for them."""
+        groups = self.perturbation.seeds.numel()
+        rows = x.numel() // (groups * x.shape[-1])
+        if rows > _KEPT_ROWS:
+            return False
+        if rows == 1 and groups >= _KEPT_FROM:
+            return True
+        share = groups * (self.lora_a.numel() + self.lora_b.numel()) * _KEPT_SHARE
+        return share <= weight.numel() and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
     def _products(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, scaling: float, dtype: torch.dtype
     ) -> Tensor:
         a, b = self._written(dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            x = x.to(dtype)
-            base = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
-            grouped = base.reshape(a.shape[0], -1, base.shape[-1])
-            hidden = torch.bmm(x.reshape(a.shape[0], -1, x.shape[-1]), a.mT) * scaling
-            return torch.baddbmm(grouped, hidden, b.mT).view(base.shape)
+        x = cast(x, dtype)
+        y = F.linear(x, cast(weight, dtype), None if bias is None else cast(bias, dtype))
+        hidden = torch.bmm(x.reshape(a.shape[0], -1, x.shape[-1]), a.mT)
+        y.view(a.shape[0], -1, y.shape[-1]).baddbmm_(hidden, b.mT, alpha=scaling)
+        return y
 
     def _written(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the samples of A ``(S, r, K)`` and B ``(S, N, r)``, written at the first call."""

@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from bayeslora import IVON, Posterior, patch, unpatch
-from bayeslora.posterior_batched import SLOT
+from bayeslora.kernels.lora_perturbed_twin import Perturbation
+from bayeslora.posterior_batched import SLOT, LayerSamples
 
 PROMPT = torch.randint(3, 50, (2, 5), generator=torch.Generator().manual_seed(0))
 SEEDS = [7, 2**64 - 3, 11]
@@ -343,6 +344,24 @@ def test_a_compiled_model_is_one_graph_and_takes_new_samples(llama):
         del inner.forward
         torch._dynamo.reset()
     assert counter.frame_count == 2  # with samples and without
+
+
+@pytest.mark.parametrize(
+    ("samples", "rows", "rank", "kept"),
+    [
+        (4, 1, 2, True),  # 4 samples of 2 x (64 + 64): a quarter of 64 x 64
+        (4, 16, 2, True),
+        (4, 17, 2, False),  # a prompt
+        (5, 1, 2, False),  # more than a quarter
+        (64, 1, 2, True),  # faster on the GPU too
+        (64, 2, 2, False),
+    ],
+)
+def test_samples_are_kept_where_they_are_few_and_their_rows_too(samples, rows, rank, kept):
+    a, b = torch.zeros(rank, 64), torch.zeros(64, rank)
+    index = torch.zeros(samples, dtype=torch.int64)
+    layer = LayerSamples("default", a, b, Perturbation(a, b, index, index, 0, 1), torch.float32, samples)
+    assert layer._keeps(torch.zeros(samples, rows, 64), torch.zeros(64, 64)) == kept
 
 
 @pytest.mark.gpu
