@@ -238,8 +238,9 @@ def memory() -> dict[str, float]:
     posterior = build(SHAPE, DTYPE, ess=1e6)
     torch.cuda.empty_cache()
     at_rest = torch.cuda.memory_allocated()
-    with SampledLayers(posterior).active(range(S), 1.0, S):
-        many = torch.cuda.memory_allocated()
+    with torch.no_grad(), SampledLayers(posterior).active(range(S), 1.0, S):
+        posterior.model(input_ids=torch.zeros(S, 1, dtype=torch.int64, device=DEVICE), use_cache=False)
+        many = torch.cuda.memory_allocated()  # with what a step of decoding keeps
     posterior._stds.clear()
     with posterior.sample(0):
         one = torch.cuda.memory_allocated()
