@@ -14,6 +14,7 @@ from typing import Any
 import compatibility
 
 sys.path.insert(0, str(Path(__file__).parent))
+import readme_glance
 import readme_lora
 import readme_monteclora
 import readme_study
@@ -235,6 +236,7 @@ def compatibility_table() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "glance": lambda: readme_glance.glance(load, table, _exists, DEVICES),
     "expectations": lambda: readme_study.expectations(RESULTS / "study" / "summary.json", table),
     "model step": lambda: readme_lora.model_step(load, table, _exists, DEVICES),
     "lora layers": lambda: readme_lora.lora_layers(load, table),
