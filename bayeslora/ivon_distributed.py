@@ -179,7 +179,7 @@ def agree_on_nonfinite(buckets: Sequence[ParamBucket], groups: Sequence[dist.Pro
 # ---- independent noise ---------------------------------------------------------------------------
 
 
-def keep_gradients_local(model: nn.Module) -> None:
+def keep_gradients_local(model: Any) -> None:
     """Make DDP leave every rank its own gradients, as ``IVON(sync="independent")`` needs them.
 
     The optimizer's one all-reduce a step then takes the place of DDP's. ::
@@ -189,11 +189,17 @@ def keep_gradients_local(model: nn.Module) -> None:
         opt = bayeslora.IVON(params, ..., sync="independent")
 
     Args:
-        model: a ``DistributedDataParallel`` module, or one that contains some. Before the first backward.
+        model: a ``DistributedDataParallel`` module, or one that contains some, before the first backward; or
+            an HF Trainer, which wraps its model itself when training starts.
 
     Raises:
-        ValueError: there is none in it.
+        ValueError: there is none in it. (Of a Trainer that runs as one process nothing is asked.)
     """
+    if hasattr(model, "add_callback") and not isinstance(model, nn.Module):
+        from .trainer_callback import LocalGradients
+
+        model.add_callback(LocalGradients(model))
+        return
     from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 
     wrapped = [m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)]

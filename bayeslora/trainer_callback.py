@@ -4,15 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from bayeslora.diagnostics import diagnose, loss_gap
-from bayeslora.ivon_distributed import is_sharded
+from bayeslora.ivon_distributed import is_sharded, keep_gradients_local
 from bayeslora.posterior import Posterior, find_ivon
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+
+class LocalGradients(TrainerCallback):
+    """Calls :func:`bayeslora.keep_gradients_local` on a Trainer's model once DDP wraps it."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Install the hook, unless there is one process only."""
+        if args.world_size > 1:
+            keep_gradients_local(self._trainer.model_wrapped)
 
 
 class PosteriorCallback(TrainerCallback):

@@ -56,9 +56,9 @@ def trained(module):
     return {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}
 
 
-def trainer_run(folder):
+def trainer_run(folder, **settings):
     module = model()
-    opt = optimizer(module)
+    opt = optimizer(module, **settings)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=STEPS,
@@ -74,6 +74,8 @@ def trainer_run(folder):
     trainer = Trainer(
         module, arguments, train_dataset=Tokens(), optimizers=(opt, None), callbacks=[PosteriorCallback()]
     )
+    if settings:
+        keep_gradients_local(trainer)
     trainer.train()
     return {"parallel": str(arguments.parallel_mode), "weights": trained(module)}
 
@@ -151,6 +153,7 @@ def job(rank, port, folder):
         MASTER_PORT=str(port),
     )
     results = {"trainer": trainer_run(folder / "trainer")}
+    results["trainer independent"] = trainer_run(folder / "independent", sync="independent")
     results["independent"] = accelerate_independent_run(rank)
     results["fsdp"], results["fused"] = fsdp_run(folder / "fsdp")
     results["switched"] = switched_run()

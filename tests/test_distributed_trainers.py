@@ -40,6 +40,14 @@ def test_hf_trainer_under_ddp_keeps_the_ranks_identical_and_saves_the_posterior(
     _assert_same(saved.mean, weights)
 
 
+def test_hf_trainer_with_independent_noise_keeps_the_ranks_identical(ranks):
+    """The optimizer itself raises where the gradients it gets have been averaged already."""
+    weights = ranks[0]["trainer independent"]["weights"]
+    _assert_same(weights, ranks[1]["trainer independent"]["weights"])
+    shared = ranks[0]["trainer"]["weights"]
+    assert all(not torch.equal(p, shared[n]) for n, p in weights.items() if "lora_B" in n)
+
+
 def test_accelerate_with_independent_noise_keeps_the_ranks_identical(ranks):
     _assert_same(ranks[0]["independent"], ranks[1]["independent"])
     start = job.trained(job.model())
