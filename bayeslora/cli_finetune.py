@@ -90,7 +90,9 @@ def finetune(
         str,
         typer.Option(
             rich_help_panel="Questions",
-            help="letter: choices listed, their letter scored. loglik: each choice's text scored.",
+            help="letter: choices listed, their letter scored. loglik: each choice's text scored. "
+            "mean_loglik: the same a token, for choices of several words. Training minimizes the "
+            "cross-entropy of the right choice among the choices, by the same scores.",
         ),
     ] = "letter",
     template: Annotated[

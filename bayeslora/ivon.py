@@ -200,13 +200,14 @@ class IVON(torch.optim.Optimizer):
         clip_ratio: float = 0.03,
         max_gap: float = 0.1,
         setup_steps: int = 10,
+        step_ratio: float = 0.4,
         beta2: float = 0.9998,
         weight_decay: float = 1e-6,
         **settings: Any,
     ) -> IVON:
         """Return an IVON that needs no search: give it a learning rate that works for AdamW.
 
-        ``lr`` (and a scheduler's) is the largest step of an element, as it is AdamW's. ``ess``,
+        ``step_ratio`` times ``lr`` (or a scheduler's) is the largest step of an element. ``ess``,
         ``hess_init`` and ``clip_radius`` are set in the first ``setup_steps`` steps, which are steps of the
         training like any other, and logged with their reasons. ``ess`` is raised later too, if the loss
         under sampling departs from the loss at the mean. :mod:`bayeslora.ivon_setup` has the equations.
@@ -221,6 +222,8 @@ class IVON(torch.optim.Optimizer):
             max_gap: how far the loss at a sample may lie above the loss at the mean, in the loss's unit
                 (nats for a cross-entropy).
             setup_steps: steps that decide, >= 1.
+            step_ratio: the largest step as a fraction of ``lr``. More elements take it than with AdamW,
+                whose typical step is 0.1 to 0.3 of its learning rate.
             beta2: momentum of the Hessian, in [0, 1].
             weight_decay: δ, as for :class:`IVON`. AdamW's decay w is δ = w · clip_radius · hess_init.
             settings: further arguments of :class:`IVON`: ``beta1``, ``mc_samples``, ``sync``, ``debias``,
@@ -239,6 +242,7 @@ class IVON(torch.optim.Optimizer):
             clip_ratio=clip_ratio,
             max_gap=max_gap,
             setup_steps=setup_steps,
+            step_ratio=step_ratio,
             beta2=beta2,
             weight_decay=weight_decay,
             **settings,

@@ -9,10 +9,16 @@ trained weights, g² the mean squared gradient and c the mean curvature E[g z/σ
     h0  = c + ½ (1-β2) λ g²                           the mean of h does not move: E[h'] = h
     λ   = max(num_data, 2P / (b + sqrt(b² + 2 (1-β2) g² P))),   b = c + δ         both: λ (h0 + δ) = P
     ξ   = clip_ratio · g / h0                         a gradient of clip_ratio · g takes the largest step
-    lr' = lr / ξ                                      the largest step is lr, as AdamW's is
+    lr' = step_ratio · lr / ξ                         step_ratio · lr is the largest step
 
 The second line sets the mean of IVON's update of h to zero, (1-β2)(c - h) + ½ (1-β2)² E[(f - h)²]/(h + δ)
 with E[(f - h)²] ≈ g² P: the noise of the estimate f holds h up where the curvature alone would not.
+
+**Step.** Most elements take the largest step, with the sign of their gradients' running mean; AdamW's take
+m/√v of its learning rate. In noise of unit variance and with β1 = 0.9 that has a root mean square of
+√((1-β1)/(1+β1)) = 0.23, and moves a weight by √t in t steps; the signs, which stay for longer, by
+√(1 + (4/π) Σ_k arcsin β1^k) = 3.6 times as much. Where gradients agree both move by lr. ``step_ratio`` lies
+between the two, 1/3.6 and 1.
 
 **Loss under sampling.** E[L(m + σz)] - L(m) = ½ Σ c σ² to second order, and g z/σ estimates c without a
 second forward pass. Where ½ Σ g σz, less twice its standard error, exceeds ``max_gap``, λ is raised in
@@ -99,10 +105,12 @@ def like_adamw(
     clip_ratio: float,
     max_gap: float,
     setup_steps: int,
+    step_ratio: float,
     **settings: Any,
 ) -> IVON:
     """Make the optimizer that :meth:`IVON.like_adamw` documents."""
-    for name, value in (("snr", snr), ("clip_ratio", clip_ratio), ("max_gap", max_gap)):
+    positive = {"snr": snr, "clip_ratio": clip_ratio, "max_gap": max_gap, "step_ratio": step_ratio}
+    for name, value in positive.items():
         if not 0.0 < float(value) < math.inf:
             raise ValueError(f"{name} must be finite and > 0, got {value!r}")
     if not float(num_data) >= 1.0 or math.isinf(num_data):
@@ -122,7 +130,7 @@ def like_adamw(
     signal = _signal(opt.param_groups)
     precision = (snr / signal) ** 2
     hess = precision / num_data - float(opt.defaults["weight_decay"])
-    chosen = {"hess_init": max(hess, 1e-6 * precision / num_data), "step_lr": True}
+    chosen = {"hess_init": max(hess, 1e-6 * precision / num_data), "step_lr": float(step_ratio)}
     for group in (opt.defaults, *opt.param_groups):
         group.update(chosen)
     opt.param_groups[0].update(
@@ -286,7 +294,7 @@ def _report(
     _logger.info(
         "IVON.like_adamw after %d steps: gradients %.3g, weights %.3g (root mean squares), mean curvature "
         "%.3g. ess %.4g (%s); hess_init %.4g (the mean Hessian then stays); clip_radius %.4g (gradient %.3g "
-        "takes the largest step, which is lr); posterior std %.3g",
+        "takes the largest step, %.3g lr); posterior std %.3g",
         head["setup_steps"],
         math.sqrt(grad_sq),
         head["setup_signal"],
@@ -296,6 +304,7 @@ def _report(
         choice.hess_init,
         choice.clip_radius,
         head["setup_clip_ratio"] * math.sqrt(grad_sq),
+        head["step_lr"],
         std,
     )
 

@@ -200,8 +200,8 @@ class BucketStore:
 
 
 def _lr_factor(group: dict[str, Any], rescale_lr: bool) -> float:
-    if group.get("step_lr"):  # lr is the largest step itself: IVON.like_adamw
-        return 1.0 / group["clip_radius"]
+    if group.get("step_lr"):  # the largest step as a fraction of lr (True was 1): IVON.like_adamw
+        return group["step_lr"] / group["clip_radius"]
     return group["hess_init"] + group["weight_decay"] if rescale_lr else 1.0
 
 

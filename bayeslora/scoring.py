@@ -1,11 +1,13 @@
 """Scores of a question's choices under a causal language model.
 
-Two ways to score, both a softmax over the choices of one question away from probabilities:
+Three ways to score, each a softmax over the choices of one question away from probabilities:
 
 - ``"letter"``: the choices are listed in the prompt and each is scored by its letter's log-probability
   after it (how the IVON-LoRA papers score commonsense questions);
 - ``"loglik"``: each choice is scored by its summed log-likelihood after the prompt,
-  ``s_c = Σ_t log p(c_t | prompt, c_<t)``.
+  ``s_c = Σ_t log p(c_t | prompt, c_<t)``;
+- ``"mean_loglik"``: the same divided by the choice's number of tokens. Summed scores of long texts differ by
+  many nats whatever the model knows, so their softmax is far too sure of itself.
 
 Two savings make this cheap. A choice's last token is only ever predicted, so it is left out of the input,
 and an input that is a prefix of another is read off that one: letters and single-token choices cost one
@@ -20,7 +22,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -39,8 +41,12 @@ __all__ = [
     "encode",
 ]
 
-METHODS = ("letter", "loglik")
-TEMPLATES = {"letter": "{question}\n{choices}\nAnswer:", "loglik": "{question}\nAnswer:"}
+METHODS = ("letter", "loglik", "mean_loglik")
+TEMPLATES = {
+    "letter": "{question}\n{choices}\nAnswer:",
+    "loglik": "{question}\nAnswer:",
+    "mean_loglik": "{question}\nAnswer:",
+}
 
 _PLACEHOLDER = re.compile(r"\{(question|choices)\}")
 
@@ -54,11 +60,18 @@ class EncodedQuestion:
         targets: per choice, its scored tokens as ``(sequence, position, token)``: the model's output at
             ``position`` of ``sequences[sequence]`` predicts ``token``.
         answer: index of the right choice.
+        per_token: whether a choice's score is divided by its number of tokens.
     """
 
     sequences: tuple[tuple[int, ...], ...]
     targets: tuple[tuple[tuple[int, int, int], ...], ...]
     answer: int
+    per_token: bool = False
+
+    @property
+    def divisors(self) -> list[int]:
+        """What each choice's summed log-likelihood is divided by."""
+        return [len(scored) if self.per_token else 1 for scored in self.targets]
 
     @property
     def length(self) -> int:
@@ -79,6 +92,7 @@ class ChoiceBatch:
         target_row: ``(Q, C, L)`` int64, the pair that predicts each scored token.
         target_token: ``(Q, C, L)`` int64, the scored tokens.
         target_mask: ``(Q, C, L)`` bool, False on padding.
+        divisor: ``(Q, C)`` int64, what each choice's summed log-likelihood is divided by.
         labels: ``(Q,)`` int64, the right choices.
     """
 
@@ -90,6 +104,7 @@ class ChoiceBatch:
     target_row: Tensor
     target_token: Tensor
     target_mask: Tensor
+    divisor: Tensor
     labels: Tensor
 
     def to(self, device: torch.device | str) -> ChoiceBatch:
@@ -112,7 +127,7 @@ def encode(
     Args:
         questions: what to encode.
         tokenizer: a Hugging Face tokenizer.
-        method: ``"letter"`` or ``"loglik"``.
+        method: ``"letter"``, ``"loglik"`` or ``"mean_loglik"``.
         template: the prompt, with ``{question}`` and, for letters, ``{choices}`` (one ``A. text`` a line);
             the method's entry of ``TEMPLATES`` when None.
         max_length: longest input in tokens; a longer prompt loses tokens from its start (but not the
@@ -138,7 +153,8 @@ def encode(
     encoded, start = [], 0
     for question in questions:
         stop = start + 1 + len(question.choices)
-        encoded.append(_encode_one(question, token_ids[start:stop], bos, max_length))
+        one = _encode_one(question, token_ids[start:stop], bos, max_length)
+        encoded.append(replace(one, per_token=method == "mean_loglik"))
         start = stop
     return encoded
 
@@ -202,6 +218,7 @@ def collate(encoded: Sequence[EncodedQuestion], pad_token_id: int) -> ChoiceBatc
                 target_token[q, c, t] = token
                 target_mask[q, c, t] = True
         offset += len(question.sequences)
+    divisor = torch.tensor([q.divisors + [1] * (choices - len(q.targets)) for q in encoded])
     row_sequence, row_position = torch.tensor(list(rows)).unbind(1)
     kept, row_kept = torch.unique(row_position, return_inverse=True)
     labels = torch.tensor([q.answer for q in encoded])
@@ -214,12 +231,13 @@ def collate(encoded: Sequence[EncodedQuestion], pad_token_id: int) -> ChoiceBatc
         target_row,
         target_token,
         target_mask,
+        divisor,
         labels,
     )
 
 
 def choice_scores(model: nn.Module, batch: ChoiceBatch) -> Tensor:
-    """Return each choice's log-likelihood in nats, ``(Q, C)`` fp32; ``-inf`` where a question has no choice.
+    """Return each choice's score in nats, ``(Q, C)`` fp32; ``-inf`` where a question has no such choice.
 
     Differentiable; ``softmax(choice_scores(...), -1)`` are the choice probabilities and
     ``cross_entropy(choice_scores(...), batch.labels)`` the training loss.
@@ -237,7 +255,7 @@ def choice_scores(model: nn.Module, batch: ChoiceBatch) -> Tensor:
         rows = logits[batch.row_sequence, batch.kept[batch.row_kept]]
     rows = rows.float()  # (R, V)
     tokens = rows[batch.target_row, batch.target_token] - rows.logsumexp(-1)[batch.target_row]
-    scores = tokens.masked_fill(~batch.target_mask, 0.0).sum(-1)
+    scores = tokens.masked_fill(~batch.target_mask, 0.0).sum(-1) / batch.divisor
     return scores.masked_fill(~batch.target_mask.any(-1), float("-inf"))
 
 

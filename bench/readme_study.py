@@ -14,6 +14,15 @@ _OURS = (
     ("ivon_auto", "mean"),
     ("ivon_auto", "samples"),
 )
+_WHERE = ("task", "data", "lora", "objective", "scoring")
+_WAYS = {
+    ("choices", "mean_loglik"): "scores: log-likelihood a token",
+    ("choices", "letter"): "scores: the letter's log-probability",
+    ("choices", "loglik"): "scores: log-likelihood, summed",
+    ("text", "mean_loglik"): "scores: log-likelihood a token, trained on the right choice's text",
+    ("text", "letter"): "scores: the letter's log-probability, trained among all words",
+    ("text", "loglik"): "scores: log-likelihood, summed, trained on the right choice's text",
+}
 _METRICS = (("accuracy", "accuracy", 100, 1, 1), ("ece", "ECE", 100, 1, -1), ("nll", "NLL", 1, 3, -1))
 
 
@@ -24,11 +33,9 @@ def expectations(summary: Path, table: Callable[[list[str], list[list[str]]], st
     result = json.loads(summary.read_text())
     parts = []
     rows = result["rows"]
-    for task, data, lora in dict.fromkeys((row["task"], row["data"], row["lora"]) for row in rows):
-        entries = [row for row in rows if (row["task"], row["data"], row["lora"]) == (task, data, lora)]
-        where = f"**{task}**" if task == data else f"**{data}**, adapters trained on {task}"
-        where += "" if lora == "qv" else ", LoRA on all linear layers"
-        head = [f"{where}, {entries[0]['questions']:,} questions", "accuracy %", "ECE %", "NLL", "Brier"]
+    for where in dict.fromkeys(tuple(row[name] for name in _WHERE) for row in rows):
+        entries = [row for row in rows if tuple(row[name] for name in _WHERE) == where]
+        head = [_heading(entries[0]), "accuracy %", "ECE %", "NLL", "Brier"]
         body = [[e["label"], *[_cell(e, n) for n in ("accuracy", "ece", "nll", "brier")]] for e in entries]
         extra = ["runs", "ms a step", "passes"]
         for cells, entry in zip(body, entries, strict=True):
@@ -40,6 +47,14 @@ def expectations(summary: Path, table: Callable[[list[str], list[list[str]]], st
     if "device" in result:
         parts.append(f"Means over seeds with standard errors; {result['device']}.")
     return "\n\n".join(part for part in parts if part)
+
+
+def _heading(entry: dict[str, Any]) -> str:
+    title = f"**{entry['task']}**"
+    if entry["data"] != entry["task"]:
+        title = f"**{entry['data']}**, adapters trained on {entry['task']}"
+    title += "" if entry["lora"] == "qv" else ", LoRA on all linear layers"
+    return f"{title}, {entry['questions']:,} questions; {_WAYS[entry['objective'], entry['scoring']]}"
 
 
 def _cell(entry: dict[str, Any], name: str) -> str:

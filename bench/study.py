@@ -8,7 +8,10 @@ What is run stands in ``study_config.json``: methods with grids, views (predicti
 and stages, the rows that decide the claims first. A method's grid is searched with seed 0 on a validation
 split of the training file; the test file is predicted only by the runs of the chosen options. Data are lines
 of {"question": ..., "choices": [...], "answer": ...} (``study_data.py`` makes files of public sets);
-OpenBookQA's adapters predict --ood sets too.
+OpenBookQA's adapters predict --ood sets too. ``scoring`` and ``objective``, of the configuration or a stage's
+own, say what a choice's score is (``bayeslora.scoring``) and what is trained: ``"choices"``, the
+cross-entropy of the softmax over the choices' scores, which is the NLL that is measured, or ``"text"``, the
+right choice's score alone. Tables are apart for each.
 
 Every finished run appends its rows to a file of DIR, and trained weights are kept there for other views of
 the same training; called again, the script goes on with the rest. Workers are processes on one device that
@@ -34,6 +37,7 @@ Job = dict[str, Any]
 Rows = list[dict[str, Any]]
 Known = dict[str, float] | None
 _NAMED = ("task", "trainer", "options", "seed", "steps", "lora", "limit")  # what a training depends on
+WAYS = {"objective": "choices", "scoring": "loglik"}  # likewise; a row without these fields has these
 
 
 def cells(grid: dict[str, list[Any]]) -> list[dict[str, Any]]:
@@ -54,6 +58,7 @@ class Study:
         """Return a run's name; of its training alone, which other runs may share."""
         names = _NAMED if of_training else (*_NAMED, "method", "split", "views")
         named = {name: job[name] for name in names}
+        named |= {name: job[name] for name, usual in WAYS.items() if job[name] != usual}
         return hashlib.sha1(json.dumps(named, sort_keys=True).encode()).hexdigest()[:16]
 
     def claim(self, job: Job) -> Path:
@@ -65,7 +70,7 @@ class Study:
         for file in [*self.out.glob("rows.jsonl"), *sorted(self.out.glob("rows-*.jsonl"))]:
             for line in file.read_text().splitlines():
                 try:
-                    rows.append(json.loads(line))
+                    rows.append(WAYS | json.loads(line))
                 except json.JSONDecodeError:
                     continue
         return rows
@@ -88,6 +93,7 @@ class Study:
             "method": method,
             "trainer": entry["trainer"],
             "lora": stage.get("lora", "qv"),
+            **{name: stage.get(name, self.config.get(name, usual)) for name, usual in WAYS.items()},
             "options": options,
             "seed": seed,
             "steps": self.arguments.steps or stage.get("steps", steps),
@@ -203,6 +209,7 @@ def print_plan(study: Study) -> None:
         text = " ".join(f"{k}={v:g}" for k, v in job["options"].items())
         print(
             f"{number:4} {job['split']:10} {job['task']:12} {job['method']:16} {job['lora']:3} "
+            f"{job['objective']} {job['scoring']} "
             f"seed {job['seed']} {job['steps']} steps  {text:32} {cost:5.2f} min  {' '.join(job['views'])}"
         )
     print(f"{total:.0f} minutes with one worker; options that a search chooses are shown as its first")

@@ -18,7 +18,7 @@ import torch
 from peft import LoraConfig, MontecloraConfig, TaskType, get_peft_model
 from study_baselines import BlobNoise, Swag, blob_kl, blob_sample, dropped, held
 from study_laplace import Laplace
-from study_model import DEVICE, Data, Packed, collate, loss
+from study_model import DEVICE, OBJECTIVES, Data, Packed, collate, loss
 from torch import Tensor, nn
 
 import bayeslora
@@ -104,7 +104,8 @@ def make_optimizer(params: list[nn.Parameter], job: dict[str, Any], rows: int) -
             seed=job["seed"],
         )
     if job["trainer"] == "ivon_auto":
-        return IVON.like_adamw(params, lr=options["lr"], num_data=rows, seed=job["seed"])
+        step = {name: options[name] for name in ("step_ratio",) if name in options}
+        return IVON.like_adamw(params, lr=options["lr"], num_data=rows, seed=job["seed"], **step)
     on_gpu = DEVICE.type == "cuda"
     lr = torch.tensor(options["lr"], device=DEVICE) if on_gpu else options["lr"]
     decay = options.get("weight_decay", 0.0)
@@ -129,13 +130,19 @@ def set_lr(opt: torch.optim.Optimizer, value: float) -> None:
 
 
 def loss_of(job: dict[str, Any], blob: list[nn.Module], rows: int) -> Callable[..., Tensor]:
+    objective = job.get("objective", "choices")
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; got {objective!r}")
+    plain = partial(loss, objective=objective)
     if job["trainer"] == "monteclora":
-        return lambda model, batch: loss(model, batch) + bayeslora.monteclora_loss(model)
+        return lambda model, batch: plain(model, batch) + bayeslora.monteclora_loss(model)
     if job["trainer"] == "peft_monteclora":
-        return lambda model, batch: loss(model, batch) + model.base_model._get_monteclora_loss()
+        return lambda model, batch: plain(model, batch) + model.base_model._get_monteclora_loss()
     if job["trainer"] == "blob":
-        return lambda model, batch: loss(model, batch) + blob_kl(blob) / rows
-    return loss
+        return lambda model, batch: plain(model, batch) + blob_kl(blob) / rows
+    if job["trainer"] == "laplace" and objective != "choices":
+        raise ValueError("laplace's Fisher information is that of the choices; train it with that objective")
+    return plain
 
 
 def clock() -> float:
@@ -208,12 +215,13 @@ def fit_model(
     best, losses = math.inf, []
     check_at = {round(steps * k / CHECKS) for k in range(1, CHECKS + 1)} if job["early"] else set()
     model.train()
+    on_gpu = DEVICE.type == "cuda"  # where a shape costs the capture of a graph
     half, start = 0.0, clock()
     for step in range(steps):
         if step == steps // 2:
             half = done.seconds + clock() - start
         set_lr(opt, job["options"]["lr"] * factor(step, steps, config["warmup"], done.swag is not None))
-        losses.append(step_fn(collate([fit[i] for i in next(batches)], choices, fixed=True)))
+        losses.append(step_fn(collate([fit[i] for i in next(batches)], choices, fixed=on_gpu)))
         if done.swag is not None and step >= 0.75 * steps and (step % 10 == 0 or step == steps - 1):
             done.swag.collect()
         if step % _CHECK_EVERY == 0:
@@ -309,9 +317,9 @@ def view(
 
 
 def temperature(probs: Tensor, labels: Tensor) -> float:
-    """Return the temperature in [0.25, 8] with the lowest NLL."""
+    """Return the temperature in [0.25, 128] with the lowest NLL."""
     logs = probs.clamp_min(1e-30).log()
-    candidates = torch.logspace(math.log10(0.25), math.log10(8.0), 300).tolist()
+    candidates = torch.logspace(math.log10(0.25), math.log10(128.0), 500).tolist()
     return min(candidates, key=lambda t: float(nn.functional.cross_entropy(logs / t, labels)))
 
 

@@ -2,6 +2,8 @@
 
 A question's choices share its prompt: they stand side by side in one row behind it, each sees the prompt and
 itself only, at the positions it would have alone. That is a third of the tokens of a sequence a choice.
+
+What a choice's score is belongs to the encoded question (``bayeslora.scoring``).
 """
 
 import hashlib
@@ -30,6 +32,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = "bfloat16" if DEVICE.type == "cuda" else "float32"
 _PASS_TOKENS = 32768 if DEVICE.type == "cuda" else 2048
 _PADDING = -1
+OBJECTIVES = ("choices", "text")
 
 Batch = dict[str, Tensor]
 
@@ -45,6 +48,7 @@ class Packed:
         targets: scored tokens: choice, index of the token that predicts it, the token.
         choices: how many.
         answer: index of the right choice.
+        divisors: of each choice's summed log-likelihood.
     """
 
     tokens: list[int]
@@ -53,6 +57,7 @@ class Packed:
     targets: list[tuple[int, int, int]]
     choices: int
     answer: int
+    divisors: list[int]
 
 
 def pack(question: EncodedQuestion) -> Packed:
@@ -70,7 +75,8 @@ def pack(question: EncodedQuestion) -> Packed:
         for choice, scored in enumerate(question.targets)
         for s, position, token in scored
     ]
-    return Packed(tokens, positions, groups, targets, len(question.targets), question.answer)
+    count = len(question.targets)
+    return Packed(tokens, positions, groups, targets, count, question.answer, question.divisors)
 
 
 def once(file: Path, make: Callable[[Path], None]) -> Path:
@@ -112,12 +118,13 @@ def converted(model: str, cache: Path) -> str:
     return str(once(cache / f"{Path(model).stem}-{DTYPE}", make))
 
 
-def questions(rows: Sequence[Any], tokenizer: Any, cache: Path) -> list[Packed]:
-    """Return questions encoded and packed, which is done once for all processes."""
-    text = json.dumps([asdict(row) for row in rows]) + str(tokenizer.name_or_path)
+def questions(rows: Sequence[Any], tokenizer: Any, cache: Path, scoring: str = "loglik") -> list[Packed]:
+    """Return questions encoded and packed for a way to score, which is done once for all processes."""
+    text = json.dumps([asdict(row) for row in rows]) + f"{tokenizer.name_or_path} {scoring}"
 
     def make(file: Path) -> None:
-        file.write_text(json.dumps([asdict(pack(q)) for q in encode(rows, tokenizer, max_length=_LONGEST)]))
+        encoded = encode(rows, tokenizer, scoring, max_length=_LONGEST)
+        file.write_text(json.dumps([asdict(pack(question)) for question in encoded]))
 
     file = cache / f"questions-{hashlib.sha1(text.encode()).hexdigest()[:16]}.json"
     return [Packed(**entry) for entry in json.loads(once(file, make).read_text())]
@@ -146,7 +153,7 @@ def collate(questions: Sequence[Packed], choices: int, *, fixed: bool) -> Batch:
     Returns:
         ``input_ids``, ``position_ids``, ``groups`` (Q, T); ``row``, ``index``, ``token``, ``slot`` (R): where
         each scored token is predicted, what it is, and its choice (Q · C for padding); ``exists`` (Q, C);
-        ``labels`` (Q).
+        ``divisors`` (Q, C); ``labels`` (Q).
     """
     longest = max(len(q.tokens) for q in questions)
     length = next(n for n in LENGTHS if n >= longest) if fixed else -(-longest // 8) * 8
@@ -166,12 +173,13 @@ def collate(questions: Sequence[Packed], choices: int, *, fixed: bool) -> Batch:
     exists = torch.arange(choices) < torch.tensor([[q.choices] for q in questions])
     batch = {"input_ids": ids, "position_ids": positions, "groups": groups, "row": row, "index": index}
     batch |= {"token": token, "slot": slot, "exists": exists}
+    batch["divisors"] = torch.tensor([q.divisors + [1] * (choices - q.choices) for q in questions])
     batch["labels"] = torch.tensor([q.answer for q in questions])
     return {name: t.contiguous().to(DEVICE, non_blocking=True) for name, t in batch.items()}
 
 
 def scores(model: Any, batch: Batch) -> Tensor:
-    """Return each choice's log-likelihood, fp32 (Q, C); -inf where there is none.
+    """Return each choice's score in nats, fp32 (Q, C); -inf where there is none.
 
     Only the hidden states that predict a scored token go through the vocabulary projection.
     """
@@ -186,7 +194,7 @@ def scores(model: Any, batch: Batch) -> Tensor:
     chosen = torch.cat([_log_likelihood(network.lm_head(h), token) for h, token in parts])
     sums = torch.zeros(batch["exists"].numel() + 1, device=chosen.device)
     sums = sums.index_add(0, batch["slot"], chosen)[:-1].view(batch["exists"].shape)
-    return sums.masked_fill(~batch["exists"], float("-inf"))
+    return (sums / batch["divisors"]).masked_fill(~batch["exists"], float("-inf"))
 
 
 def _log_likelihood(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -194,8 +202,12 @@ def _log_likelihood(logits: Tensor, tokens: Tensor) -> Tensor:
     return logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(-1)
 
 
-def loss(model: nn.Module, batch: Batch) -> Tensor:
-    return nn.functional.cross_entropy(scores(model, batch), batch["labels"])
+def loss(model: nn.Module, batch: Batch, objective: str = "choices") -> Tensor:
+    """Return the mean over questions of -log p(right choice among the choices), or of -its score ("text")."""
+    found, labels = scores(model, batch), batch["labels"]
+    if objective == "text":
+        return -found.gather(1, labels[:, None]).mean()
+    return nn.functional.cross_entropy(found, labels)
 
 
 def measured(probs: Tensor, labels: Tensor) -> dict[str, float]:

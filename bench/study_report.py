@@ -14,6 +14,15 @@ from study_model import measured
 
 ALIKE = {"weight_decay": "adamw", "laplace": "adamw"}  # the same steps
 NAMES = ("accuracy", "ece", "nll", "brier")
+WHERE = ("task", "data", "lora", "objective", "scoring")  # what a table is of
+WAYS = {  # and what its heading says; the first in the tables' order
+    ("choices", "mean_loglik"): "a choice's score is its log-likelihood a token",
+    ("choices", "letter"): "a choice's score is its letter's log-probability",
+    ("choices", "loglik"): "a choice's score is its log-likelihood",
+    ("text", "mean_loglik"): "trained on the right choice's log-likelihood a token alone",
+    ("text", "letter"): "trained on the right letter's log-probability among all words",
+    ("text", "loglik"): "trained on the right choice's log-likelihood alone",
+}
 LABELS = {
     ("adamw", "mean"): "AdamW",
     ("adamw", "early"): "AdamW, best early stop",
@@ -42,11 +51,16 @@ LABELS = {
     ("ivon_auto", "pruned_samples"): "IVON.like_adamw, 10 samples, pruned 10%",
 }
 SCALES = ("0.25", "0.5", "2", "4")
-for _method, _name in (("ivon", "IVON"), ("ivon_auto", "IVON.like_adamw")):
-    LABELS |= {(_method, f"scale_{s}"): f"{_name}, 10 samples, variance x {s}" for s in SCALES}
+for _kind, _name in (("ivon", "IVON"), ("ivon_auto", "IVON.like_adamw")):
+    LABELS |= {(_kind, f"scale_{s}"): f"{_name}, 10 samples, variance x {s}" for s in SCALES}
     LABELS |= {
-        (_method, f"pruned_scale_{s}"): f"{_name}, 10 samples, pruned 10%, variance x {s}" for s in SCALES
+        (_kind, f"pruned_scale_{s}"): f"{_name}, 10 samples, pruned 10%, variance x {s}" for s in SCALES
     }
+LABELS |= {
+    ("ivon_auto_first", view): label.replace("like_adamw", "like_adamw(step_ratio=1)")
+    for (method, view), label in LABELS.items()
+    if method == "ivon_auto"
+}
 
 
 def error_of(name: str, values: list[float], questions: int) -> float:
@@ -61,11 +75,11 @@ def ensembles(out: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     members = defaultdict(list)
     for row in main_rows(rows):
         if (row["method"], row["view"]) == ("adamw", "mean"):
-            members[row["task"], row["data"], row["lora"], row["steps"]].append(row)
+            members[tuple(row[name] for name in (*WHERE, "steps"))].append(row)
     file = out / "probabilities.safetensors"
     saved = load_file(file) if file.exists() else {}
     found = []
-    for (_, data, _, _), runs in members.items():
+    for (_, data, *_), runs in members.items():
         names = [f"{run['key']} {data}" for run in runs]
         if len(runs) > 1 and all(f"{name} probs" in saved for name in names):
             probs = torch.stack([saved[f"{name} probs"] for name in names]).double().mean(0)
@@ -88,10 +102,11 @@ def summarize(out: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         step_ms.setdefault(method, step_ms.get(like))
     groups = defaultdict(list)
     for row in [*main_rows(rows), *ensembles(out, rows)]:
-        groups[row["task"], row["data"], row["lora"], row["method"], row["view"], row["steps"]].append(row)
+        where = tuple(row[name] for name in WHERE)
+        groups[where, _method(row), row["view"], row["steps"]].append(row)
     found = []
-    for (task, data, lora, method, view, steps), runs in groups.items():
-        entry: dict[str, Any] = {"task": task, "data": data, "lora": lora, "method": method, "view": view}
+    for (where, method, view, steps), runs in groups.items():
+        entry: dict[str, Any] = {**dict(zip(WHERE, where, strict=True)), "method": method, "view": view}
         label = LABELS.get((method, view), f"{method} {view}")
         entry |= {"steps": steps, "label": label, "options": runs[0]["options"]}
         entry |= {"runs": len(runs), "questions": runs[0]["questions"], "passes": runs[0]["passes"]}
@@ -105,9 +120,26 @@ def summarize(out: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     def place(e: dict[str, Any]) -> tuple[Any, ...]:
         foreign, row = e["data"] != e["task"], rank.get((e["method"], e["view"]), 99)
-        return e["task"], e["lora"] != "qv", foreign, e["data"], row
+        way = list(WAYS).index((e["objective"], e["scoring"]))
+        return way, e["task"], e["lora"] != "qv", foreign, e["data"], row
 
     return sorted(found, key=place)
+
+
+def _method(row: dict[str, Any]) -> str:
+    """A run's method; like_adamw's runs whose largest step was lr itself are another."""
+    first = row["method"] == "ivon_auto" and "step_ratio" not in row["options"]
+    return "ivon_auto_first" if first else str(row["method"])
+
+
+def heading(entries: list[dict[str, Any]]) -> str:
+    """Say what a table is of."""
+    first = entries[0]
+    title = first["task"]
+    title += "" if first["task"] == first["data"] else f" adapters on {first['data']}"
+    title += f", {first['questions']:,} questions"
+    title += "" if first["lora"] == "qv" else ", LoRA on all linear layers"
+    return f"{title}; {WAYS[first['objective'], first['scoring']]}"
 
 
 def robustness(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -186,16 +218,10 @@ def write(out: Path, rows: list[dict[str, Any]]) -> None:
         return
     grid = robustness(rows)
     parts = []
-    for where in dict.fromkeys((entry["task"], entry["data"], entry["lora"]) for entry in entries):
-        chosen = [e for e in entries if (e["task"], e["data"], e["lora"]) == where]
-        task, data, lora = where
-        title = f"{task}, {chosen[0]['questions']} questions"
-        if task != data:
-            title = f"{task} adapters on {data}, {chosen[0]['questions']} questions"
-        if lora != "qv":
-            title += ", LoRA on all linear layers"
-        parts.append(f"## {title}\n\n{table(chosen)}\n")
-        plot(chosen, out / f"{task}-{data}-{lora}.png", title)
+    for where in dict.fromkeys(tuple(entry[name] for name in WHERE) for entry in entries):
+        chosen = [e for e in entries if tuple(e[name] for name in WHERE) == where]
+        parts.append(f"## {heading(chosen)}\n\n{table(chosen)}\n")
+        plot(chosen, out / f"{'-'.join(where)}.png", heading(chosen))
     if grid:
         parts.append(f"## Over learning rates and batch sizes\n\n{robustness_table(grid)}\n")
     text = "\n".join(parts)

@@ -46,15 +46,15 @@ class Worker:
         self.seconds: dict[Any, float] = {}  # of the last run of a kind
         self._sets: dict[str, Any] = {}
 
-    def questions(self, file: str, part: str = "all") -> Any:
+    def questions(self, file: str, scoring: str, part: str = "all") -> Any:
         """Return a file's questions, or of a training file those to fit or to validate."""
-        name = f"{file} {part}"
+        name = f"{file} {scoring} {part}"
         if name not in self._sets:
             rows = load_questions(file, limit=self.study.arguments.limit)
             if part != "all":
                 held_out = min(self.study.config["validation"], len(rows) // 4)
                 rows = split_questions(rows, held_out)[part == "fit"]
-            packed = questions(rows, self.tokenizer, self.cache)
+            packed = questions(rows, self.tokenizer, self.cache, scoring)
             self._sets[name] = packed if part == "fit" else Data(packed)
         return self._sets[name]
 
@@ -88,9 +88,9 @@ class Worker:
             self.seconds[self._kind(job)] = took
             first = rows[0]
             print(
-                f"{job['split']:10} {job['task']:12} {job['lora']} {job['method']:15} seed {job['seed']} "
-                f"{job['options']} {first['view']}: accuracy {first['accuracy']:.4f} ECE {first['ece']:.4f} "
-                f"NLL {first['nll']:.4f} ({took:.0f} s, {first['train_seconds']:.0f} s training)",
+                f"{job['split']:10} {job['task']:12} {job['lora']} {job['scoring']} {job['method']:15} "
+                f"seed {job['seed']} {job['options']} {first['view']}: accuracy {first['accuracy']:.4f} "
+                f"ECE {first['ece']:.4f} NLL {first['nll']:.4f} ({took:.0f} s, {first['train_seconds']:.0f} s training)",
                 flush=True,
             )
 
@@ -125,16 +125,17 @@ class Worker:
         """Train, predict every view on every set, and return one row each."""
         study, task = self.study, job["task"]
         train, test = study.tasks[task].split(",")
-        val = self.questions(train, "validation")
+        scoring = job["scoring"]
+        val = self.questions(train, scoring, "validation")
         file = study.out / "trained" / f"{study.key(job, of_training=True)}.pt"
         trained = methods.train(
-            self.base, job, study.config, self.questions(train, "fit"), val, file, self.check
+            self.base, job, study.config, self.questions(train, scoring, "fit"), val, file, self.check
         )
         sets = {f"{task} validation": val}
         if job["split"] == "test":
-            sets = {task: self.questions(test)}
+            sets = {task: self.questions(test, scoring)}
             if task == study.config["ood_task"] and "batch_size" not in job["options"]:
-                sets |= {name: self.questions(path) for name, path in study.ood.items()}
+                sets |= {name: self.questions(path, scoring) for name, path in study.ood.items()}
         rows = []
         try:
             for view, (name, data) in product(job["views"], sets.items()):

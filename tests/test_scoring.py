@@ -139,6 +139,16 @@ def test_a_model_without_logits_to_keep_gives_the_same_scores(model, tokenizer):
     torch.testing.assert_close(choice_scores(Plain(), batch), choice_scores(model, batch))
 
 
+def test_mean_loglik_is_the_loglik_a_token(model, tokenizer):
+    """Also beside a question with fewer choices, whose missing one stays at -inf."""
+    one = Question("the film was", ("very very good", "bad"), 0)
+    both = [encode([QUESTIONS[0], one], tokenizer, method) for method in ("loglik", "mean_loglik")]
+    summed, mean = (choice_scores(model, collate(encoded, pad_token_id=2)) for encoded in both)
+    assert both[1][1].divisors == [3, 1] and both[0][1].divisors == [1, 1]
+    torch.testing.assert_close(mean[1, :2], summed[1, :2] / torch.tensor([3, 1]))
+    assert mean[1, 2:].tolist() == [-torch.inf] * (mean.shape[1] - 2)
+
+
 def test_max_length_cuts_the_prompt_from_its_start_and_keeps_bos(model, tokenizer):
     question = Question("very " * 30 + "good", ("positive", "negative"), 0)
 
@@ -170,7 +180,7 @@ def test_placeholders_in_a_question_are_left_alone(tokenizer):
 @pytest.mark.parametrize(
     ("method", "template", "message"),
     [
-        ("words", None, "scoring must be one of letter, loglik; got 'words'"),
+        ("words", None, "scoring must be one of letter, loglik, mean_loglik; got 'words'"),
         ("loglik", "Answer:", r"must contain \{question\}"),
         ("letter", "{question} Answer:", r"template for scoring 'letter' must contain \{choices\}"),
     ],

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import zipfile
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -90,8 +91,15 @@ def test_every_method_runs_and_a_second_call_adds_only_what_is_missing(folder, s
         assert f"| {label}" in text
     assert "Over learning rates and batch sizes" in text
     summary = json.loads((folder / "out" / "summary.json").read_text())
-    adamw = [entry for entry in summary["rows"] if entry["method"] == "adamw"]
-    assert {entry["runs"] for entry in adamw if entry["lora"] == "qv"} == {2}
+    adamw = [entry for entry in summary["rows"] if entry["method"] == "adamw" and entry["lora"] == "qv"]
+    ways = {(entry["objective"], entry["scoring"]): entry["runs"] for entry in adamw}
+    assert ways == {
+        ("choices", "mean_loglik"): 2,
+        ("choices", "loglik"): 1,
+        ("choices", "letter"): 1,
+        ("text", "mean_loglik"): 1,
+    }
+    assert "trained on the right choice's log-likelihood a token alone" in text
     readme = importlib.import_module("readme_study")
     tables = importlib.import_module("readme_tables")
     section = readme.expectations(folder / "out" / "summary.json", tables.table)
@@ -99,7 +107,7 @@ def test_every_method_runs_and_a_second_call_adds_only_what_is_missing(folder, s
         "- IVON, 10 samples against AdamW, " in section and "over learning rates and batch sizes" in section
     )
     assert "measures IVON against AdamW" in readme.expectations(folder / "none.json", tables.table)
-    assert (folder / "out" / "openbookqa-openbookqa-qv.png").stat().st_size > 0
+    assert (folder / "out" / "openbookqa-openbookqa-qv-choices-mean_loglik.png").stat().st_size > 0
     assert "0 minutes" in study("--plan", "--stages", "claims", "--seeds", "1", "--methods", "adamw")
 
 
@@ -130,12 +138,21 @@ def test_a_packed_question_has_the_scores_of_its_sequences(folder, monkeypatch):
     encoded = scoring.encode(rows, tokenizer, "loglik")
     packed = [study_model.pack(q) for q in encoded]
     assert len(packed[0].tokens) < sum(map(len, encoded[0].sequences))
-    for fixed in (False, True):
-        batch = study_model.collate(packed, 3, fixed=fixed)
+    counts = torch.tensor([[2, 3, 2], [1, 2, 4], [3, 1, 1]])  # tokens of each choice
+    with torch.no_grad():
+        wanted = scoring.choice_scores(model, scoring.collate(encoded, 0))
+    for fixed, method in product((False, True), ("loglik", "mean_loglik")):
+        alike = [study_model.pack(q) for q in scoring.encode(rows, tokenizer, method)]
+        batch = study_model.collate(alike, 3, fixed=fixed)
         with torch.no_grad():
             found = study_model.scores(model, batch)
-            wanted = scoring.choice_scores(model, scoring.collate(encoded, 0))
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+            text = study_model.loss(model, batch, "text")
+            choices = study_model.loss(model, batch)
+        expected = wanted / counts if method == "mean_loglik" else wanted
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        right = expected[range(3), [0, 1, 1]]
+        torch.testing.assert_close(text, -right.mean(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(choices, (expected.logsumexp(1) - right).mean(), rtol=1e-4, atol=1e-4)
     assert study_model.Data(packed).predict(model).sum(1).tolist() == pytest.approx([1.0] * 3)
 
 
@@ -193,6 +210,20 @@ def test_plan_puts_the_claims_first():
     tests = [line for line in lines if " test " in line]
     assert {line.split()[3] for line in tests[:6]} == {"adamw", "ivon_auto", "ivon"}
     assert "minutes with one worker" in lines[-1]
+
+
+def test_rows_from_before_scores_could_be_chosen_are_still_those_of_summed_scores(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    script, report = map(importlib.import_module, ("study", "study_report"))
+    (tmp_path / "rows.jsonl").write_text('{"key": "a", "method": "ivon_auto", "options": {"lr": 0.001}}\n')
+    study = script.Study(script.parse(["--out", str(tmp_path)]))
+    (row,) = study.rows()
+    assert (row["objective"], row["scoring"]) == ("choices", "loglik")
+    assert "step_ratio=1" in report.LABELS[report._method(row), "mean"]
+    summed, default = {"name": "a", "scoring": "loglik"}, {"name": "b"}
+    jobs = [study.job("arc_easy", "adamw", {"lr": 5e-4}, 4, "test", s) for s in (summed, default)]
+    assert study.key(jobs[0]) == "68931b427366bd4e"  # as when there was no choice
+    assert jobs[1]["scoring"] == "mean_loglik" and study.key(jobs[1]) != study.key(jobs[0])
 
 
 def test_data_of_a_wheel(tmp_path):
