@@ -90,7 +90,8 @@ class Worker:
             print(
                 f"{job['split']:10} {job['task']:12} {job['lora']} {job['scoring']} {job['method']:15} "
                 f"seed {job['seed']} {job['options']} {first['view']}: accuracy {first['accuracy']:.4f} "
-                f"ECE {first['ece']:.4f} NLL {first['nll']:.4f} ({took:.0f} s, {first['train_seconds']:.0f} s training)",
+                f"ECE {first['ece']:.4f} NLL {first['nll']:.4f} "
+                f"({took:.0f} s, {first['train_seconds']:.0f} s training)",
                 flush=True,
             )
 
