@@ -112,8 +112,9 @@ ROWS = (
     ),
     Row(
         "DDP, independent noise",
-        '`IVON(sync="independent")` and `bayeslora.keep_gradients_local(ddp)`',
+        '`IVON(sync="independent")` and `bayeslora.keep_gradients_local(ddp)`, or `(trainer)`',
         (
+            "test_distributed_trainers.py::test_hf_trainer_with_independent_noise_keeps_the_ranks_identical",
             "test_distributed.py::test_independent_ranks_draw_their_own_samples_and_agree_on_the_mean",
             "test_distributed.py::test_the_hessian_variance_falls_as_one_over_ranks",
         ),
@@ -150,6 +151,14 @@ ROWS = (
         "several adapters",
         "one `IVON` each; train one while the others stand still",
         ("test_multi_adapter.py::test_one_trains_while_the_other_stands_still",),
+    ),
+    Row(
+        "PEFT's MonteCLoRA",
+        "`patch`; `MontecloraTrainerMixin`, or `configure_monteclora(model, add_loss=True)`",
+        (
+            "test_monteclora.py::test_checkpoints_are_pefts_both_ways",
+            "test_monteclora.py::test_all_linear_layers_with_dropout_in_bf16_autocast",
+        ),
     ),
 )
 
