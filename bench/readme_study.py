@@ -13,6 +13,8 @@ _OURS = (
     ("ivon", "pruned_samples"),
     ("ivon_auto", "mean"),
     ("ivon_auto", "samples"),
+    ("ivon_auto_first", "mean"),
+    ("ivon_auto_first", "samples"),
 )
 _WHERE = ("task", "data", "lora", "objective", "scoring")
 _WAYS = {
