@@ -29,7 +29,7 @@ def data(tmp_path_factory):
 
 def finetune(model, data, output, *extra):
     words = ["finetune", "--model", model, "--data", data, "--output", str(output)]
-    words += ["--scoring", "loglik", "--template", TEMPLATE, "--steps", "6", "--device", "cpu"]
+    words += ["--scoring", "mean_loglik", "--template", TEMPLATE, "--steps", "6", "--device", "cpu"]
     return cli.main([*words, *extra])
 
 
@@ -53,7 +53,7 @@ def test_every_command_has_help(command):
     for word in {
         (): ["demo", "finetune", "evaluate", "bench", "info"],
         ("bench",): ["--batch-size", "--eager-only", "SmolLM2-135M"],
-        ("finetune",): ["--ess", "200 x training rows", "--template", "line break"],
+        ("finetune",): ["mean_loglik", "--ess", "200 x training rows", "--template", "line break"],
         ("evaluate",): ["--variance-scale", "--prune", "DIR"],
         ("demo",): ["--cache-dir", "BAYESLORA_CACHE", "--steps"],
     }.get(tuple(command), []):
@@ -173,7 +173,7 @@ def test_bad_input_is_one_line_and_changes_nothing(model, data, tmp_path, capsys
         ({"--eval-data": str(bad)}, r"bad\.jsonl, line 2"),
         ({"--lr": "-1"}, r"lr must be greater than 0; got -1\.0"),
         ({"--optimizer": "sgd"}, "optimizer must be one of ivon, adamw; got 'sgd'"),
-        ({"--scoring": "words"}, "scoring must be one of letter, loglik; got 'words'"),
+        ({"--scoring": "words"}, "scoring must be one of letter, loglik, mean_loglik; got 'words'"),
         ({"--template": "{question}"}, r"must contain \{choices\}"),
         ({"--dtype": "int8"}, "dtype must be auto"),
         ({"--device": "tpu9"}, "device 'tpu9' cannot be used here"),
