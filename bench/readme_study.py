@@ -16,6 +16,16 @@ _OURS = (
     ("ivon_auto_first", "mean"),
     ("ivon_auto_first", "samples"),
 )
+_SHORT = {
+    _POINT,
+    ("adamw", "temperature"),
+    ("ensemble", "mean"),
+    ("laplace", "linear_kfac"),
+    ("ivon", "mean"),
+    ("ivon", "samples"),
+    ("ivon_auto", "samples"),
+    ("ivon_auto_first", "samples"),
+}
 _WHERE = ("task", "data", "lora", "objective", "scoring")
 _WAYS = {
     ("choices", "mean_loglik"): "scores: log-likelihood a token",
@@ -49,6 +59,23 @@ def expectations(summary: Path, table: Callable[[list[str], list[list[str]]], st
     if "device" in result:
         parts.append(f"Means over seeds with standard errors; {result['device']}.")
     return "\n\n".join(part for part in parts if part)
+
+
+def in_short(summary: Path, table: Callable[[list[str], list[list[str]]], str]) -> str:
+    """Return the rows that decide, on the tasks that the adapters were trained on."""
+    if not summary.exists():
+        return f"`{_COMMAND}` measures it on your own questions."
+    rows = [row for row in json.loads(summary.read_text())["rows"] if row["task"] == row["data"]]
+    ways = [(row["objective"], row["scoring"]) for row in rows if row["lora"] == "qv"]
+    way = next(way for way in _WAYS if way in ways)  # the first that was measured
+    body = [
+        [row["task"], row["label"], *[_cell(row, name) for name in ("accuracy", "ece", "nll")]]
+        for row in rows
+        if (row["objective"], row["scoring"]) == way
+        and row["lora"] == "qv"
+        and (row["method"], row["view"]) in _SHORT
+    ]
+    return f"{table(['', '', 'accuracy %', 'ECE %', 'NLL'], body)}\n\n{_WAYS[way].capitalize()}."
 
 
 def _heading(entry: dict[str, Any]) -> str:

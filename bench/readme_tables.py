@@ -237,6 +237,7 @@ def compatibility_table() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "glance": lambda: readme_glance.glance(load, table, _exists, DEVICES),
+    "expectations in short": lambda: readme_study.in_short(RESULTS / "study" / "summary.json", table),
     "expectations": lambda: readme_study.expectations(RESULTS / "study" / "summary.json", table),
     "model step": lambda: readme_lora.model_step(load, table, _exists, DEVICES),
     "lora layers": lambda: readme_lora.lora_layers(load, table),
