@@ -141,25 +141,28 @@ class TrainerLoss:
     def __init__(self, lora_model: Any) -> None:
         self._lora_model = lora_model
         self._banks = _banks(lora_model)
-        self._layers = [m for m in lora_model.modules() if hasattr(m, "lora_monteclora_sampler")]
+        layers = [m for m in lora_model.modules() if hasattr(m, "lora_monteclora_sampler")]
+        self._layers = [(m.__dict__, m.lora_monteclora_sampler._modules) for m in layers]
 
     def __call__(self, adapter_names: str | list[str] | None = None) -> Tensor | float:
         """Return the loss of the named adapters (None: the active ones), averaged over their layers."""
         names = self._lora_model.active_adapters if adapter_names is None else adapter_names
         wanted = [names] if isinstance(names, str) else list(names)
-        total: Tensor | float = 0.0
-        count = 0
-        for bank in self._banks:
-            if bank.adapter in wanted:
-                total = total + _bank_loss(bank) * len(bank.layers) * _world_size(bank)
-                count += len(bank.layers)
-        for layer in self._layers:
-            samplers, served = layer.lora_monteclora_sampler, layer.__dict__.get("_monteclora", ())
+        losses = [
+            (_bank_loss(bank), _world_size(bank), len(bank.layers))
+            for bank in self._banks
+            if bank.adapter in wanted
+        ]
+        for attributes, samplers in self._layers:
             for adapter in wanted:
-                if adapter not in served and adapter in samplers:
+                if adapter in samplers and adapter not in attributes.get("_monteclora", ()):
                     kl, entropy = samplers[adapter].get_variational_loss()
-                    total, count = total + kl + entropy, count + 1
-        return total / count if count else 0.0
+                    losses.append((kl + entropy, 1, 1))
+        if len(losses) == 1:
+            loss, share, _ = losses[0]
+            return loss if share == 1 else loss * share
+        count = sum(layers for _, _, layers in losses)
+        return sum(loss * share * layers for loss, share, layers in losses) / count if losses else 0.0
 
 
 def _world_size(bank: MontecloraBank) -> int:
@@ -222,12 +225,10 @@ def monteclora_loss(model: nn.Module, adapter_name: str | None = None) -> Tensor
     Raises:
         ValueError: the model has no such layers.
     """
-    losses = [_bank_loss(bank) for bank in _chosen_banks(model, adapter_name)]
-    device = next(model.parameters()).device
-    total = torch.zeros((), device=device)
-    for loss in losses:
+    total, *others = (_bank_loss(bank) for bank in _chosen_banks(model, adapter_name))
+    for loss in others:
         total = total + loss
-    return total
+    return total if isinstance(total, Tensor) else torch.zeros((), device=next(model.parameters()).device)
 
 
 def configure_monteclora(model: nn.Module, adapter_name: str | None = None, **options: Any) -> None:

@@ -11,6 +11,7 @@ checkpointed layers that wait for one backward cannot be told apart, and raise.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from bayeslora.monteclora_options import MontecloraOptions, check_scaler
 from bayeslora.monteclora_part import Part
 
 _TOKEN = "bayeslora.monteclora"
+_device_dtype_shape = attrgetter("device", "dtype", "shape")
 
 
 class MontecloraBank:
@@ -33,6 +35,7 @@ class MontecloraBank:
 
     def __init__(self, layers: Sequence[Any], adapter: str, options: MontecloraOptions) -> None:
         self.layers, self.adapter = list(layers), adapter
+        self._adapters: list[Any] = [layer._modules["lora_A"]._modules for layer in self.layers]
         self.seed = int(torch.randint(2**62, ())) if options.seed is None else options.seed
         self.options = MontecloraOptions()
         self.paused = False
@@ -64,11 +67,8 @@ class MontecloraBank:
         return a, b, list(modules["lora_monteclora_sampler"]._modules[self.adapter].parameters())
 
     def _traits(self) -> list[Any]:
-        traits: list[Any] = []
-        for layer in self.layers:
-            weight = layer._modules["lora_A"]._modules[self.adapter]._parameters["weight"]
-            traits.append((weight.device, weight.dtype, weight.shape))
-        return traits
+        weights = [modules[self.adapter]._parameters["weight"] for modules in self._adapters]
+        return list(map(_device_dtype_shape, weights))
 
     def _build(self) -> None:
         counts = {part.device: part.counter for part in getattr(self, "parts", [])}
@@ -164,26 +164,26 @@ class MontecloraBank:
         part, i = self._place[index]
         if self._depth == 0 and torch._C._current_graph_task_id() == -1:
             self.refresh()  # called by itself, outside a forward of the model
-        count = len(part.layers)
-        if part.which == ("A",):
+        if not part.perturbs_b:
             return part.perturbed(i), b
-        if part.which == ("B",):
-            return a, part.perturbed(i)
-        return part.perturbed(i), part.perturbed(count + i)
+        b = part.perturbed(i + len(part.layers) * part.perturbs_a)
+        return part.perturbed(i) if part.perturbs_a else a, b
 
     # ---- the loss ------------------------------------------------------------------------------------
 
     def loss(self) -> Tensor:
         """Return the variational loss, the mean over sites, an fp32 scalar (fp64 for fp64 adapters)."""
-        totals, counts = zip(*(part.loss() for part in self.parts), strict=True)
-        device = totals[0].device
-        total = sum((t.to(device) for t in totals[1:]), start=totals[0])
-        loss = total / sum(counts)
-        return loss if self._built_for[0][1] == torch.float64 else loss.float()
+        sites = sum(len(part.plan.sites) for part in self.parts)
+        total, *others = (part.loss(sites) for part in self.parts)
+        for other in others:
+            total = total + other.to(total.device, total.dtype)
+        return total
 
     def weighted_loss(self) -> Tensor:
         """Return the loss times the last forward's share of its optimizer step's tokens."""
         weight = self.loss_weight
+        if not isinstance(weight, Tensor) and weight == 1.0:
+            return self.loss()
         return self.loss() * (weight.to(self.parts[0].device) if isinstance(weight, Tensor) else weight)
 
 

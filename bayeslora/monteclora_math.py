@@ -56,6 +56,7 @@ class SiteTables:
         self.row_site = torch.repeat_interleave(site, self.ranks, output_size=sum(self.site_ranks))
         self.row_rank = self.ranks[self.row_site].double()
         self._uniform = self.site_ranks[0] if len(set(self.site_ranks)) == 1 else None
+        self._constants: dict[tuple[int, float], tuple[Tensor, Tensor]] = {}
         self._member = None
         if self._uniform is None:
             self._member = (site[:, None] == self.row_site[None, :]).double()
@@ -67,11 +68,27 @@ class SiteTables:
         assert self._uniform is not None
         return x[..., None].expand(*x.shape, self._uniform).reshape(*x.shape[:-1], -1)
 
+    def times_sites(self, x: Tensor, factor: Tensor) -> Tensor:
+        """Return ``(M, R)``: x ``(M, R)`` times each row's site's number of ``(M, S)``."""
+        if self._uniform is None:
+            return x * self.to_rows(factor)
+        return (x.view(*factor.shape, self._uniform) * factor[..., None]).view(x.shape)
+
     def to_sites(self, x: Tensor) -> Tensor:
         """Return ``(..., S)`` from ``(..., R)``: the sum over each site's rows."""
         if self._member is not None:
             return x @ self._member.T
         return x.reshape(*x.shape[:-1], len(self.site_ranks), -1).sum(-1)
+
+    def dirichlet_constants(self, components: int, prior: float) -> tuple[Tensor, Tensor]:
+        """Return ``(α₀, ..., α₀, N α₀)`` and ``(1, ..., 1, -1)``, fp64 ``(N + 1,)``, made once."""
+        key = components, prior
+        if key not in self._constants:
+            start = torch.tensor([prior] * components + [components * prior], dtype=torch.float64)
+            sign = torch.tensor([1.0] * components + [-1.0], dtype=torch.float64)
+            device = self.ranks.device
+            self._constants[key] = start.to(device), sign.to(device)
+        return self._constants[key]
 
     def per_copy(self, x: Tensor) -> Tensor:
         """Return what the layers have, along the first dimension, for every copy."""
@@ -136,19 +153,31 @@ def concentrations(expert_weights_prior: Tensor) -> Tensor:
 
 def mixture_weights(alpha: Tensor, noise: Noise, sparse: bool) -> Tensor:
     """Return π ``(M, S, N)``, differentiable in α ``(S, N)``; sparse: all but each largest set to zero."""
-    alpha = alpha.expand_as(noise.weights)
     if noise.exact:
-        logits = LogGammaGradient.apply(alpha, noise.weights)
+        logits = LogGammaGradient.apply(alpha.expand_as(noise.weights), noise.weights)
     else:
-        count, inverse, log_alpha = alpha.shape[-1], 1.0 / alpha, torch.log(alpha)
-        variance = inverse * (1.0 - 2.0 / count) + inverse.sum(-1, keepdim=True) / count**2
-        std = torch.sqrt(variance.clamp(min=ALPHA_FLOOR) + ALPHA_FLOOR)
-        logits = log_alpha - log_alpha.mean(-1, keepdim=True) + std * noise.weights
+        logits = logistic_normal(alpha, noise.weights)[0]
     weights = torch.softmax(logits, dim=-1)
-    if sparse:
-        largest = weights.detach().argmax(-1, keepdim=True)
-        weights = weights * torch.zeros_like(weights).scatter_(-1, largest, 1.0)
-    return weights
+    return largest_only(weights) if sparse else weights
+
+
+def logistic_normal(alpha: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the logits of PEFT's approximation to the Dirichlet, their std, and where that depends on α.
+
+    Args:
+        alpha: α, ``(S, N)``.
+        noise: standard normals, ``(M, S, N)``.
+    """
+    count, inverse, log_alpha = alpha.shape[-1], 1.0 / alpha, torch.log(alpha)
+    variance = inverse * (1.0 - 2.0 / count) + inverse.sum(-1, keepdim=True) / count**2
+    std = torch.sqrt(variance.clamp(min=ALPHA_FLOOR) + ALPHA_FLOOR)
+    return log_alpha - log_alpha.mean(-1, keepdim=True) + std * noise, std, variance >= ALPHA_FLOOR
+
+
+def largest_only(weights: Tensor) -> Tensor:
+    """Return the weights with all but the largest of each vector set to zero."""
+    largest = weights.detach().argmax(-1, keepdim=True)
+    return weights * torch.zeros_like(weights).scatter_(-1, largest, 1.0)
 
 
 def row_variances(std_prior: Tensor, tables: SiteTables, chi_square: Tensor) -> Tensor:

@@ -14,35 +14,65 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 
 from bayeslora import monteclora_math as mm
 from bayeslora._backend import monteclora_kernels
 from bayeslora.kernels.monteclora_plan import PerturbPlan, Site
 from bayeslora.monteclora_options import MontecloraOptions
+from bayeslora.monteclora_terms import DrawTerms, Priors
 
 
 class Draw:
-    """One draw of a part: its noise, and the perturbed matrices in one flat buffer."""
+    """One draw of a part: its small tensors, and the perturbed matrices in one flat buffer."""
 
-    def __init__(self, index: Tensor, noise: mm.Noise, num_sites: int) -> None:
+    def __init__(self, index: Tensor, terms: DrawTerms, num_sites: int) -> None:
         self.index = index
-        self.noise = noise
-        self.priors: tuple[Tensor, Tensor] | None = None
+        self.terms = terms
+        self.noise = terms.noise
+        self.priors: Tensor | None = None
         self.flat: Tensor | None = None
-        self.outputs: tuple[Tensor, ...] = ()
+        self.outputs: Sequence[Tensor] = ()
         self.recomputed: list[Tensor | None] = [None] * num_sites
         self.done = False
 
 
-class _Perturb(torch.autograd.Function):
-    """All sites' perturbed matrices, from the coefficients and the matrices."""
+def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """Apply an autograd function, without a look in Python at each of its hundreds of arguments.
+
+    `torch.autograd.Function.apply` unwraps what left a functorch transform, and nothing here has entered one.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments)
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+
+
+class _Gather(torch.autograd.Function):
+    """Vectors in one; cat's own gradient would take an operator a vector."""
 
     @staticmethod
-    def forward(ctx: Any, part: Part, draw: Draw, kappa: Tensor, *matrices: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        flat = torch.cat([matrix.reshape(-1) for matrix in matrices])
+    def forward(ctx: Any, *vectors: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.sizes = [vector.numel() for vector in vectors]
+        return torch.cat(vectors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        return grad.split_with_sizes(ctx.sizes)
+
+
+class _Perturb(torch.autograd.Function):
+    """All sites' perturbed matrices, from the coefficients, which depend on the priors, and the matrices."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, part: Part, draw: Draw, kappa: Tensor, priors: Tensor, *matrices: Tensor
+    ) -> tuple[Tensor, ...]:
+        flat = _flatten_dense_tensors(matrices)
+        if len(matrices) == 1:
+            flat = flat.clone()  # it is the matrix itself
         kernels = monteclora_kernels(flat.device)
         kernels.perturb_(part.plan, flat, kappa, seed=part.seed, draw=draw.index)
-        ctx.part, ctx.draw, ctx.kappa_dtype, ctx.components = part, draw, kappa.dtype, kappa.shape[1]
+        ctx.part, ctx.draw, ctx.components = part, draw, kappa.shape[1]
         ctx.set_materialize_grads(False)
         draw.flat = flat
         return part.plan.views(flat)
@@ -50,19 +80,21 @@ class _Perturb(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
         part: Part = ctx.part
-        d_kappa = None
-        if ctx.needs_input_grad[2] and any(grad is not None for grad in grads):
-            like = next(grad for grad in grads if grad is not None)
+        wanted = ctx.needs_input_grad
+        d_priors = None
+        like = next((grad for grad in grads if grad is not None), None)
+        if wanted[3] and like is not None:
             pieces = [
-                like.new_zeros(site.rows * site.cols) if grad is None else grad.reshape(-1)
+                like.new_zeros(site.rows * site.cols) if grad is None else grad
                 for grad, site in zip(grads, part.plan.sites, strict=True)
             ]
             d_kappa = monteclora_kernels(like.device).coefficient_gradient(
-                part.plan, torch.cat(pieces), ctx.components, seed=part.seed, draw=ctx.draw.index
+                part.plan, _flatten_dense_tensors(pieces), ctx.components, seed=part.seed, draw=ctx.draw.index
             )
-            d_kappa = d_kappa.to(ctx.kappa_dtype)
-        wanted = ctx.needs_input_grad[3:]
-        return None, None, d_kappa, *(g if want else None for g, want in zip(grads, wanted, strict=True))
+            d_priors = ctx.draw.terms.gradient(d_kappa)
+        if not all(wanted[4:]):
+            grads = tuple(grad if want else None for grad, want in zip(grads, wanted[4:], strict=True))
+        return None, None, None, d_priors, *grads
 
 
 class _PerturbAgain(torch.autograd.Function):
@@ -86,6 +118,21 @@ class _PerturbAgain(torch.autograd.Function):
         return None, None, None, grad if ctx.needs_input_grad[3] else None, d_std, d_prior
 
 
+class _Loss(torch.autograd.Function):
+    """A value that comes with its gradient in the priors."""
+
+    @staticmethod
+    def forward(ctx: Any, priors: Tensor, value: Tensor, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(gradient)
+        ctx.dtype = priors.dtype
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        return (grad * gradient).to(ctx.dtype), None, None
+
+
 class Part:
     """The layers of a bank whose adapters share device and dtype.
 
@@ -107,7 +154,7 @@ class Part:
     ) -> None:
         self.layers, self.adapter, self.options, self.seed = list(layers), adapter, options, seed
         a, b = self.adapter_weights(0)
-        self.device = a.device
+        self.device, self.dtype = a.device, a.dtype
         which = ("A", "B") if options.perturb == "both" else (options.perturb,)
         sites, site_streams = [], []
         for matrix in which:
@@ -116,7 +163,7 @@ class Part:
                 cols = a.shape[1] if matrix == "A" else b.shape[0]
                 site_streams.append(stream + ((1 << 20) if matrix == "B" else 0))
                 sites.append(Site(a.shape[0], cols, matrix == "B", site_streams[-1]))
-        self.which = which
+        self.which, self.perturbs_a, self.perturbs_b = which, "A" in which, "B" in which
         self.plan = PerturbPlan(sites, self.device)
         ranks = [site.rows for site in sites[: len(self.layers)]]
         self.tables = mm.SiteTables(ranks, len(which), site_streams, self.device)
@@ -126,8 +173,13 @@ class Part:
         )
         self.counter = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.scale = torch.zeros((), dtype=torch.float64, device=self.device)
+        # The dictionaries that hold the modules of an adapter's name: read every step, by every layer.
+        held = [layer._modules["lora_" + matrix] for matrix in which for layer in self.layers]
+        self._adapters = [modules._modules for modules in held]
+        self._samplers = [layer._modules["lora_monteclora_sampler"]._modules for layer in self.layers]
+        self.tables.dirichlet_constants(self.components, self.sampler(0).dirichlet_prior)
         self.current: Draw | None = None
-        self._prior_version = -1
+        self._prior_versions: list[int] = []
         self.live: list[weakref.ref[Draw]] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -150,40 +202,28 @@ class Part:
 
     def matrices(self) -> list[Tensor]:
         """Return the parameters that the sites perturb, in order."""
-        held = [layer._modules["lora_" + which]._modules for which in self.which for layer in self.layers]
-        return [modules[self.adapter]._parameters["weight"] for modules in held]
+        return [modules[self.adapter]._parameters["weight"] for modules in self._adapters]
+
+    def prior_parameters(self) -> list[Tensor]:
+        """Return every layer's s, then every layer's e."""
+        held = [modules[self.adapter]._parameters for modules in self._samplers]
+        return [p["std_prior"] for p in held] + [p["expert_weights_prior"] for p in held]
 
     def priors(self) -> tuple[Tensor, Tensor]:
         """Return the layers' s, concatenated, and e ``(L, N)``."""
-        held = [self.sampler(i)._parameters for i in range(len(self.layers))]
-        return torch.cat([p["std_prior"] for p in held]), torch.stack(
-            [p["expert_weights_prior"] for p in held]
-        )
+        held, count = self.prior_parameters(), len(self.layers)
+        return torch.cat(held[:count]), torch.stack(held[count:])
 
-    def _version(self) -> int:
-        return self.sampler(0)._parameters["std_prior"]._version
-
-    def _shared_priors(self) -> tuple[Tensor, Tensor]:
-        """Return the priors as the last forward gathered them, so that each gets one gradient, or anew."""
+    def _gathered(self, parameters: list[Tensor]) -> Tensor:
+        """Return the flat priors, as the last forward gathered them where each can get one gradient."""
         priors = None if self.current is None else self.current.priors
-        needed = torch.is_grad_enabled() and self.sampler(0)._parameters["std_prior"].requires_grad
-        if priors is None or self._version() != self._prior_version or priors[0].requires_grad != needed:
-            return self.priors()
+        needed = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+        if priors is None or priors.requires_grad != needed or self._changed(parameters):
+            return _apply(_Gather, *parameters)
         return priors
 
-    def kappa(self, std_prior: Tensor, prior: Tensor, noise: mm.Noise) -> Tensor:
-        """Return the coefficients of all rows, differentiable in the priors."""
-        alpha = self.tables.per_copy(mm.concentrations(prior))
-        weights = mm.mixture_weights(alpha, noise, self.options.sparse)
-        variances = mm.row_variances(std_prior, self.tables, noise.chi_square)
-        collapsed = self.options.estimator == "collapsed"
-        return mm.coefficients(variances, weights, self.scale, self.tables, collapsed)
-
-    def draw_noise(self, index: Tensor, seed: int) -> mm.Noise:
-        """Return the noise of one draw at the present priors."""
-        with torch.no_grad():
-            alpha = self.tables.per_copy(mm.concentrations(self.priors()[1]))
-            return self.source.draw(alpha, seed=seed, draw=index)
+    def _changed(self, parameters: list[Tensor]) -> bool:
+        return [p._version for p in parameters] != self._prior_versions
 
     def refresh(self, advance: bool) -> None:
         """Perturb all sites for a forward, by the next draw or again by the last."""
@@ -193,14 +233,18 @@ class Part:
             # Its graph holds the priors' gradient accumulators, which keep the stream they were made on: a
             # step that is recorded in a CUDA graph after eager ones must make its own.
             self.current.priors = None
-        std_prior, prior = self.priors()
-        index = self.counter.clone()
-        alpha = self.tables.per_copy(mm.concentrations(prior.detach()))
-        noise = self.source.draw(alpha, seed=self.seed, draw=index)
-        draw = Draw(index, noise, len(self.plan.sites))
-        draw.priors, self._prior_version = (std_prior, prior), self._version()
-        matrices = self.matrices()
-        draw.outputs = _Perturb.apply(self, draw, self.kappa(std_prior, prior, noise), *matrices)
+        parameters = self.prior_parameters()
+        priors = _apply(_Gather, *parameters)
+        self._prior_versions = [p._version for p in parameters]
+        with torch.no_grad():
+            index = self.counter.clone()
+            small = Priors(priors, self.tables, self.components)
+            noise = self.source.draw(small.alpha, seed=self.seed, draw=index)
+            terms = DrawTerms(small, noise, self.options.sparse)
+            kappa = terms.coefficients(self.scale, self.options.estimator == "collapsed")
+        draw = Draw(index, terms, len(self.plan.sites))
+        draw.priors = priors
+        draw.outputs = _apply(_Perturb, self, draw, kappa, priors, *self.matrices())
         self.release()
         self.live = [ref for ref in self.live if ref() is not None]
         self.live.append(weakref.ref(draw))
@@ -215,8 +259,7 @@ class Part:
         """Return a site's matrix for the forward that is running, or running again within backward."""
         if torch._C._current_graph_task_id() != -1:
             return self._again(site)
-        assert self.current is not None
-        return self.current.outputs[site]
+        return self.current.outputs[site]  # type: ignore[union-attr]
 
     def _again(self, site: int) -> Tensor:
         draw = self._draw_of_this_backward()
@@ -251,31 +294,31 @@ class Part:
         """Return the gradients of one layer's s and e through one site, from that of its matrix."""
         layer = site % len(self.layers)
         alone = PerturbPlan([self.plan.sites[site]], self.device)
-        with torch.enable_grad():
-            std_prior, prior = (p.detach().double().requires_grad_() for p in self.priors())
-            kappa = self.kappa(std_prior, prior, draw.noise)
-        d_kappa = torch.zeros_like(kappa)
+        components = draw.terms.num_coefficients
         first, rank = self.plan.first_rows[site], self.plan.sites[site].rows
+        d_kappa = torch.zeros(self.plan.num_rows, components, dtype=torch.float64, device=self.device)
         d_kappa[first : first + rank] = monteclora_kernels(grad.device).coefficient_gradient(
-            alone, grad.reshape(-1), kappa.shape[1], seed=self.seed, draw=draw.index
+            alone, grad.reshape(-1), components, seed=self.seed, draw=draw.index
         )
-        d_std, d_prior = torch.autograd.grad(kappa, (std_prior, prior), d_kappa)
-        start = sum(self.tables.site_ranks[:layer])
-        return d_std[start : start + rank], d_prior[layer]
+        flat = draw.terms.gradient(d_kappa)
+        start, end = sum(self.tables.site_ranks[:layer]), sum(self.tables.site_ranks[: len(self.layers)])
+        return flat[start : start + rank], flat[end:].view(-1, self.components)[layer]
 
-    def loss(self) -> tuple[Tensor, int]:
-        """Return the sum of the variational loss over the sites, fp64, and how many there are."""
-        std_prior, prior = self._shared_priors()
-        alpha = self.tables.per_copy(mm.concentrations(prior))
-        first = self.sampler(0)
-        terms = mm.wishart_kl(std_prior, self.tables) + mm.dirichlet_kl(alpha, first.dirichlet_prior)
-        entropy: Tensor | None = None
-        if self.current is not None:
-            noise = self.current.noise
-            variances = mm.row_variances(std_prior, self.tables, noise.chi_square)
-            terms = terms + mm.gaussian_kl(variances, self.tables, self.components)
-            if first.use_entropy:
-                weights = mm.mixture_weights(alpha, noise, self.options.sparse)
-                entropy = weights.square().sum(-1).mean(0)
-        loss = first.kl_loss_weight * terms
-        return (loss if entropy is None else loss + entropy).sum(), len(self.plan.sites)
+    def loss(self, of: int) -> Tensor:
+        """Return this part's share of the variational loss's mean over ``of`` sites, fp32 (fp64 for fp64)."""
+        parameters = self.prior_parameters()
+        priors = self._gathered(parameters)
+        first, draw = self.sampler(0), self.current
+        with torch.no_grad():
+            terms = None if draw is None else draw.terms
+            if terms is None or self._changed(parameters):
+                small = Priors(priors, self.tables, self.components)
+                terms = None if draw is None else DrawTerms(small, draw.noise, self.options.sparse)
+            else:
+                small = terms.priors
+            value, gradient = small.loss(
+                terms, first.dirichlet_prior, first.kl_loss_weight, first.use_entropy, share=1.0 / of
+            )
+            if self.dtype != torch.float64:
+                value = value.float()
+        return _apply(_Loss, priors, value, gradient)

@@ -36,11 +36,15 @@ class LogGammaGradient(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         """Return d ln g / da · grad, in the concentration's dtype."""
         concentration, log_g = ctx.saved_tensors
-        a = concentration.double()
-        g = torch.exp(log_g.clamp(min=_SMALL))
-        slope = torch._standard_gamma_grad(a, g) / g
-        limit = (torch.digamma(a + 1.0) - log_g) / a
-        return (grad * torch.where(log_g < _SMALL, limit, slope)).to(concentration.dtype), None
+        return (grad * log_gamma_slope(concentration.double(), log_g)).to(concentration.dtype), None
+
+
+def log_gamma_slope(concentration: Tensor, log_g: Tensor) -> Tensor:
+    """Return d ln g / da of Gamma variates whose uniform numbers are held fixed, all fp64."""
+    g = torch.exp(log_g.clamp(min=_SMALL))
+    slope = torch._standard_gamma_grad(concentration, g) / g
+    limit = (torch.digamma(concentration + 1.0) - log_g) / concentration
+    return torch.where(log_g < _SMALL, limit, slope)
 
 
 def _check_positive(name: str, value: Tensor) -> None:

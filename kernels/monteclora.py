@@ -25,7 +25,8 @@ low-rank adaptation" (TMLR 2025); Marsaglia and Tsang, "A simple method for gene
 gradient reads it once; noise is never stored. ``monteclora_twin.py`` states the same in plain torch.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -33,6 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bayeslora.kernels import monteclora_plan as mp
+from bayeslora.kernels.launch import Launcher
 from bayeslora.kernels.monteclora_plan import BLOCK, PerturbPlan
 from bayeslora.kernels.monteclora_twin import MAX_ATTEMPTS
 from bayeslora.kernels.noise import randn_block
@@ -158,12 +160,18 @@ def _signed64(seed: int) -> int:
     return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-def _on_device(tensor: Tensor) -> AbstractContextManager[object]:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
 def _draw_tensor(draw: Tensor | int, like: Tensor) -> Tensor:
     return draw if isinstance(draw, Tensor) else torch.tensor([draw], dtype=torch.int64, device=like.device)
+
+
+@cache
+def _gamma_launcher() -> Launcher:
+    return Launcher(_log_gamma_kernel, {"MAX_ATTEMPTS": MAX_ATTEMPTS, "BLOCK": _GAMMA_BLOCK})
+
+
+@cache
+def _noise_launcher(kernel: Any, components: int, accumulate: tl.dtype) -> Launcher:
+    return Launcher(kernel, {"COMPONENTS": components, "ACC": accumulate, "BLOCK": BLOCK})
 
 
 def _accumulator(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
@@ -190,18 +198,11 @@ def log_gamma(
     a = concentration.detach().double().contiguous()
     out = torch.empty_like(a)
     if a.numel():
-        with _on_device(a):
-            _log_gamma_kernel[(triton.cdiv(a.numel(), _GAMMA_BLOCK),)](
-                a,
-                stream.contiguous(),
-                element.contiguous(),
-                _draw_tensor(draw, a),
-                out,
-                _signed64(seed),
-                a.numel(),
-                MAX_ATTEMPTS=MAX_ATTEMPTS,
-                BLOCK=_GAMMA_BLOCK,
-            )
+        _gamma_launcher()(
+            ((a.numel() + _GAMMA_BLOCK - 1) // _GAMMA_BLOCK,),
+            a, stream.contiguous(), element.contiguous(), _draw_tensor(draw, a), out,
+            _signed64(seed), a.numel(),
+        )  # fmt: skip
     return out
 
 
@@ -219,18 +220,11 @@ def perturb_(plan: PerturbPlan, flat: Tensor, coefficients: Tensor, *, seed: int
     dtype, accumulate = _accumulator(flat.dtype)
     if tile_site.numel() == 0:
         return
-    with _on_device(flat):
-        _perturb_kernel[(tile_site.numel(),)](
-            flat,
-            coefficients.detach().to(dtype).contiguous(),
-            table,
-            tile_site,
-            _draw_tensor(draw, flat),
-            _signed64(seed),
-            COMPONENTS=coefficients.shape[1],
-            ACC=accumulate,
-            BLOCK=BLOCK,
-        )
+    _noise_launcher(_perturb_kernel, coefficients.shape[1], accumulate)(
+        (tile_site.numel(),),
+        flat, coefficients.detach().to(dtype).contiguous(), table, tile_site, _draw_tensor(draw, flat),
+        _signed64(seed),
+    )  # fmt: skip
 
 
 def coefficient_gradient(
@@ -249,16 +243,8 @@ def coefficient_gradient(
     dtype, accumulate = _accumulator(grad.dtype)
     out = torch.empty(plan.num_rows, components, dtype=dtype, device=grad.device)
     if out.numel():
-        with _on_device(grad):
-            _coefficient_gradient_kernel[(plan.num_rows, components)](
-                grad,
-                out,
-                table,
-                row_site,
-                _draw_tensor(draw, grad),
-                _signed64(seed),
-                COMPONENTS=components,
-                ACC=accumulate,
-                BLOCK=BLOCK,
-            )
+        _noise_launcher(_coefficient_gradient_kernel, components, accumulate)(
+            (plan.num_rows, components),
+            grad, out, table, row_site, _draw_tensor(draw, grad), _signed64(seed),
+        )  # fmt: skip
     return out

@@ -63,6 +63,8 @@ class PerturbPlan:
 
     def views(self, flat: Tensor) -> tuple[Tensor, ...]:
         """Return every site's part of a flat buffer, each in the matrix's own shape."""
+        if len(set(self._shapes)) == 1:
+            return flat.view(len(self.sites), *self._shapes[0]).unbind(0)
         parts = flat.split_with_sizes(self._sizes)
         return tuple(part.view(shape) for part, shape in zip(parts, self._shapes, strict=True))
 
