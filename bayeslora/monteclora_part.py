@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors
 
 from bayeslora import monteclora_math as mm
 from bayeslora._backend import monteclora_kernels
@@ -67,9 +66,7 @@ class _Perturb(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, part: Part, draw: Draw, kappa: Tensor, priors: Tensor, *matrices: Tensor
     ) -> tuple[Tensor, ...]:
-        flat = _flatten_dense_tensors(matrices)
-        if len(matrices) == 1:
-            flat = flat.clone()  # it is the matrix itself
+        flat = part.plan.join(matrices)
         kernels = monteclora_kernels(flat.device)
         kernels.perturb_(part.plan, flat, kappa, seed=part.seed, draw=draw.index)
         ctx.part, ctx.draw, ctx.components = part, draw, kappa.shape[1]
@@ -85,11 +82,11 @@ class _Perturb(torch.autograd.Function):
         like = next((grad for grad in grads if grad is not None), None)
         if wanted[3] and like is not None:
             pieces = [
-                like.new_zeros(site.rows * site.cols) if grad is None else grad
-                for grad, site in zip(grads, part.plan.sites, strict=True)
+                torch.zeros_like(part.matrix(site)) if grad is None else grad
+                for site, grad in enumerate(grads)
             ]
             d_kappa = monteclora_kernels(like.device).coefficient_gradient(
-                part.plan, _flatten_dense_tensors(pieces), ctx.components, seed=part.seed, draw=ctx.draw.index
+                part.plan, part.plan.join(pieces), ctx.components, seed=part.seed, draw=ctx.draw.index
             )
             d_priors = ctx.draw.terms.gradient(d_kappa)
         if not all(wanted[4:]):

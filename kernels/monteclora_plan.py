@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 
 BLOCK = 1024
 """Columns a tile covers. A multiple of 4; results do not depend on it."""
@@ -67,6 +68,12 @@ class PerturbPlan:
             return flat.view(len(self.sites), *self._shapes[0]).unbind(0)
         parts = flat.split_with_sizes(self._sizes)
         return tuple(part.view(shape) for part, shape in zip(parts, self._shapes, strict=True))
+
+    def join(self, matrices: Sequence[Tensor]) -> Tensor:
+        """Return every site's matrix in one new flat buffer."""
+        if len({shape[1] for shape in self._shapes}) == 1:
+            return torch.cat(list(matrices)).view(-1)
+        return _flatten_dense_tensors(matrices)
 
     def by_rows(self, flat: Tensor, index: int) -> Tensor:
         """Return site ``index``'s part of a flat buffer as ``(rows, cols)``."""
