@@ -6,10 +6,10 @@ Equation, with x viewed as ``(M, K)``::
 
 Three products forward, the last with the sum and the factor in its epilogue. The fused function
 (``lora_linear.py``) asks less of the GPU, but it is Python, forward and backward, eager and as the operator
-that ``torch.compile`` calls. The chain's backward is torch's own, in C++, and compiled it is inductor's: that
-costs the host less (``bench/NOTES.md``). So small layers and small batches take the chain: as long as the GPU
-is done first, its extra passes cost nothing. While a CUDA graph is recorded the host does not count, and the
-fused function serves.
+that ``torch.compile`` calls. The chain's backward is torch's own, in C++, and compiled it is inductor's
+(``bench/NOTES.md``: what that costs the host, as far as measured). So small layers and small batches take the
+chain: as long as the GPU is done first, its extra passes cost nothing. While a CUDA graph is recorded the
+host does not count, and the fused function serves.
 
 dA, dB and dx are rounded where torch rounds them, as in PEFT's layers; the eager chain can be differentiated
 twice.

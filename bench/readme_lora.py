@@ -18,12 +18,13 @@ def _versions(versions: dict[str, str]) -> str:
 
 def model_step(load: Load, table: Table, exists: Callable[[str], bool], devices: dict[str, str]) -> str:
     """Forward and backward of whole models over the frozen base, as ``bench_model_step.py`` measured them."""
-    rows, measured = [], []
+    rows, measured, notes = [], [], []
     for (slug, short), (model, name) in itertools.product(devices.items(), MODELS.items()):
         if not exists(name.format(slug)):
             continue
         document = load(name.format(slug))
         results = document["results"]
+        notes += [document["note"]] if document["note"] else []
         measured.append(f"{document['device']} ({_versions(document['versions'])})")
         for key in dict.fromkeys((r["adapters"], r["tokens"], r["mode"]) for r in results):
             same = {r["variant"]: r for r in results if (r["adapters"], r["tokens"], r["mode"]) == key}
@@ -35,6 +36,7 @@ def model_step(load: Load, table: Table, exists: Callable[[str], bool], devices:
         "Over the frozen base (milliseconds), medians of interleaved rounds; "
         f"{', '.join(dict.fromkeys(measured))}. bf16, fp32: the adapters' dtype; PEFT's default is fp32. "
         "Eager rows of few tokens wait for the host, slow and shared at the H100: they scatter by 20%."
+        + "".join(f" {text}." for text in notes)
     )
     head = ["", "model", "adapters", "tokens", "mode", "base ms", *VARIANTS]
     return f"{table(head, rows)}\n\n{note}"

@@ -37,6 +37,8 @@ def step(result: dict[str, Any]) -> str:
         "where fp32 is not said; medians of interleaved rounds, over plain LoRA steps of the same adapters; "
         f"{env['device']}, torch {env['torch']}, triton {env['triton']}, peft {env['peft']}."
     )
+    if "measured_before" in result:
+        note += f" Measured before {result['measured_before']}."
     return f"{table(['batch x length', '', 'ms', '/ LoRA', 'peak GB'], rows)}\n\n{note}"
 
 

@@ -26,7 +26,7 @@ _SHORT = {
     ("ivon_auto", "samples"),
     ("ivon_auto_first", "samples"),
 }
-_WHERE = ("task", "data", "lora", "objective", "scoring")
+WHERE = ("task", "data", "lora", "objective", "scoring")
 _WAYS = {
     ("choices", "mean_loglik"): "scores: log-likelihood a token",
     ("choices", "letter"): "scores: the letter's log-probability",
@@ -45,10 +45,10 @@ def expectations(summary: Path, table: Callable[[list[str], list[list[str]]], st
     result = json.loads(summary.read_text())
     parts = []
     rows = result["rows"]
-    for where in dict.fromkeys(tuple(row[name] for name in _WHERE) for row in rows):
-        entries = [row for row in rows if tuple(row[name] for name in _WHERE) == where]
+    for where in dict.fromkeys(tuple(row[name] for name in WHERE) for row in rows):
+        entries = [row for row in rows if tuple(row[name] for name in WHERE) == where]
         head = [_heading(entries[0]), "accuracy %", "ECE %", "NLL", "Brier"]
-        body = [[e["label"], *[_cell(e, n) for n in ("accuracy", "ece", "nll", "brier")]] for e in entries]
+        body = [[e["label"], *[cell(e, n) for n in ("accuracy", "ece", "nll", "brier")]] for e in entries]
         extra = ["runs", "ms a step", "passes"]
         for cells, entry in zip(body, entries, strict=True):
             step = "-" if entry["step_ms"] is None else f"{entry['step_ms']:.1f}"
@@ -69,7 +69,7 @@ def in_short(summary: Path, table: Callable[[list[str], list[list[str]]], str]) 
     ways = [(row["objective"], row["scoring"]) for row in rows if row["lora"] == "qv"]
     way = next(way for way in _WAYS if way in ways)  # the first that was measured
     body = [
-        [row["task"], row["label"], *[_cell(row, name) for name in ("accuracy", "ece", "nll")]]
+        [row["task"], row["label"], *[cell(row, name) for name in ("accuracy", "ece", "nll")]]
         for row in rows
         if (row["objective"], row["scoring"]) == way
         and row["lora"] == "qv"
@@ -86,7 +86,7 @@ def _heading(entry: dict[str, Any]) -> str:
     return f"{title}, {entry['questions']:,} questions; {_WAYS[entry['objective'], entry['scoring']]}"
 
 
-def _cell(entry: dict[str, Any], name: str) -> str:
+def cell(entry: dict[str, Any], name: str) -> str:
     scale, digits = (100, 1) if name in ("accuracy", "ece") else (1, 3)
     value, error = entry[name]["mean"], entry[name]["error"]
     text = f"{scale * value:.{digits}f}"

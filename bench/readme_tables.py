@@ -154,6 +154,9 @@ def robustness_table() -> str:
     return readme_monteclora.robustness(load(name))
 
 
+_FEWEST_ROUNDS = 3  # of fewer a median says nothing
+
+
 def posterior_table() -> str:
     """S samples in one pass over one sample, as ``bench/bench_posterior.py`` measured them."""
     name = _newest("posterior")
@@ -168,7 +171,7 @@ def posterior_table() -> str:
         ("predict", "one pass", f"predict 1 x {settings['length']} tokens, S = {settings['S_predict']}"),
     ):
         for name, seconds in result[part].items():
-            if name != "reason":
+            if name != "reason" and seconds["rounds"] >= _FEWEST_ROUNDS:
                 ratio = seconds["median"] / result[part][unit]["median"]
                 rows.append([what, name, f"{1e3 * seconds['median']:.1f}", f"{ratio:.2f}"])
     held = result["memory"]
@@ -176,10 +179,13 @@ def posterior_table() -> str:
     env = result["environment"]
     note = (
         "Llama-3.2-3B's shape, random bf16 weights, r 16 on all linear layers, batch 1, greedy, prompt of "
-        f"{settings['prompt']} tokens; medians of interleaved rounds. Weights, adapters and posterior take "
-        f"{more:+.1%} of memory with S = {settings['S']} against one sample; {env['device']}, torch "
+        f"{settings['prompt']} tokens; medians of interleaved rounds; {env['device']}, torch "
         f"{env['torch']}, triton {env['triton']}, transformers {env['transformers']}."
     )
+    if "measured_before" in result:
+        note += f" Measured before {result['measured_before']}."
+    else:
+        note += f" Memory with S = {settings['S']} over one sample's: {more:+.1%}."
     return f"{table(['', '', 'ms', 'ratio'], rows)}\n\n{note}"
 
 
@@ -206,7 +212,9 @@ def study_table() -> str:
     settings = result["settings"]
     note = (
         f"{result['test_questions']:,} test questions, {settings['steps']} steps of IVON, one seed; "
-        f"{result['environment']['device']}. Scores by entropy and by mutual information: {scores}. "
+        f"{result['environment']['device']}"
+        + (f", before {result['measured_before']}" if "measured_before" in result else "")
+        + f". Scores by entropy and by mutual information: {scores}. "
         "All of the sweeps, random pruning and the pictures: "
         "[bench/results/posterior_study.md](bench/results/posterior_study.md)."
     )

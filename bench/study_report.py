@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from readme_study import WHERE, cell
 from safetensors.torch import load_file
 from study_model import measured
 
 ALIKE = {"weight_decay": "adamw", "laplace": "adamw"}  # the same steps
 NAMES = ("accuracy", "ece", "nll", "brier")
-WHERE = ("task", "data", "lora", "objective", "scoring")  # what a table is of
 WAYS = {  # and what its heading says; the first in the tables' order
     ("choices", "mean_loglik"): "a choice's score is its log-likelihood a token",
     ("choices", "letter"): "a choice's score is its letter's log-probability",
@@ -161,13 +161,6 @@ def robustness(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             entry[name] = {"median": statistics.median(values), "spread": spread, "worst": worst}
         found.append(entry)
     return found
-
-
-def cell(entry: dict[str, Any], name: str) -> str:
-    scale, digits = (100, 1) if name in ("accuracy", "ece") else (1, 3)
-    value, error = entry[name]["mean"], entry[name]["error"]
-    text = f"{scale * value:.{digits}f}"
-    return text if error is None else f"{text} ± {scale * error:.{digits}f}"
 
 
 def table(entries: list[dict[str, Any]]) -> str:
