@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
@@ -63,7 +65,7 @@ def _pair(device, base="linear", dtype=torch.float32, adapter_dtype=None, **conf
 def _results(model, x, call=None):
     model.zero_grad()
     x = x.detach().requires_grad_()
-    y = (call or model)(x)
+    y = (model if call is None else call)(x)
     (y * torch.linspace(-1, 1, y.numel(), device=y.device).to(y.dtype).view(y.shape)).sum().backward()
     return [y.detach(), x.grad, *(p.grad for n, p in model.named_parameters() if "lora_" in n)]
 
@@ -189,8 +191,36 @@ def test_other_calls_are_left_to_the_fused_function(case, device, chains, monkey
         assert chains == [5]
 
 
-def test_only_gpus_take_it(device):
-    assert {"cuda"} == lora_chain._EAGER_DEVICES
+@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_compiled_calls_take_it_on_any_device_and_adapters_are_cast(adapter_dtype, device):
+    patched, plain = _pair(device, dtype=torch.bfloat16, adapter_dtype=adapter_dtype)
+    x = torch.randn(6, K, device=device, dtype=torch.bfloat16)
+    torch.compiler.reset()
+    compiled = torch.compile(patched, backend="aot_eager", fullgraph=True)
+    for got, want in zip(_results(patched, x, compiled), _results(plain, x), strict=True):
+        assert got.dtype == want.dtype
+        torch.testing.assert_close(got, want, rtol=0.05, atol=0.02 * want.abs().max().item())
+    assert "bayeslora" not in _operators(patched, x)
+
+
+def test_large_calls_compile_into_the_fused_operator(device, monkeypatch):
+    monkeypatch.setattr(lora_products, "_KERNEL_ROWS", 6)
+    patched, _ = _pair(device)
+    assert "bayeslora" in _operators(patched, torch.randn(6, K, device=device))
+    assert "bayeslora" not in _operators(patched, torch.randn(5, K, device=device))
+
+
+def _operators(model, x) -> str:
+    """The names of the operators that a compiled forward of the model consists of."""
+    graphs = []
+
+    def keep(graph, _inputs):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    torch.compiler.reset()
+    torch.compile(model, backend=aot_autograd(fw_compiler=keep), fullgraph=True)(x)
+    return " ".join(str(node.target) for graph in graphs for node in graph.graph.nodes)
 
 
 @pytest.mark.gpu
