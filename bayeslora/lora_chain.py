@@ -4,15 +4,13 @@ Equation, with x viewed as ``(M, K)``::
 
     y = x Wᵀ + bias                y += s (x Aᵀ) Bᵀ
 
-Three products forward, the last with the sum and the factor in its epilogue. The fused function
-(``lora_linear.py``) asks less of the GPU, but it is Python, forward and backward, eager and as the operator
-that ``torch.compile`` calls. The chain's backward is torch's own, in C++, and compiled it is inductor's
-(``bench/NOTES.md``: what that costs the host, as far as measured). So small layers and small batches take the
-chain: as long as the GPU is done first, its extra passes cost nothing. While a CUDA graph is recorded the
-host does not count, and the fused function serves.
-
-dA, dB and dx are rounded where torch rounds them, as in PEFT's layers; the eager chain can be differentiated
-twice.
+Three products, the last with the sum and the factor in its epilogue. It serves where the fused function
+(``lora_linear.py``), which asks less of the GPU, has nothing to give back for being Python: calls without
+gradients (decoding, evaluation) and compiled calls, which inductor sees through and differentiates, both only
+as long as the layer and the batch are so small that the GPU is done first and the extra passes cost nothing.
+While a CUDA graph is recorded the host does not count, and the fused function serves. Eager training is the
+function's: there the chain's backward in C++ saved no time (``bench/NOTES.md``), and it rounds dA and dB to
+x's dtype.
 """
 
 import torch
@@ -29,33 +27,27 @@ _MULTIPLICATIONS = 2**36
 
 
 def chain_serves(x: Tensor, call: LoraCall) -> bool:
-    """Tell whether the chain serves a layer's call: a small one, without dropout, in x's and W's dtype.
+    """Tell whether the chain serves a call: a small one, compiled or without gradients, no dropout.
 
-    Eager with gradients, the adapter must have that dtype too, or autocast be on (whose products round
-    gradients as the chain does): else those of the fused function would be the more accurate.
+    Under autocast only where that is the dtype of x and W.
     """
-    if call.dropout_p != 0.0:
+    if call.dropout_p != 0.0 or not (torch.compiler.is_compiling() or _serves_eager(x)):
         return False
     autocast = torch.is_autocast_enabled(x.device.type)
     if autocast and not torch.get_autocast_dtype(x.device.type) == x.dtype == call.weight.dtype:
-        return False
-    if not (torch.compiler.is_compiling() or _serves_eager(x, call, autocast)):
         return False
     rows = x.numel() // max(x.shape[-1], 1)
     return rows < lora_products._KERNEL_ROWS and rows * call.weight.numel() <= _MULTIPLICATIONS
 
 
-def _serves_eager(x: Tensor, call: LoraCall, autocast: bool) -> bool:
-    if x.device.type not in _EAGER_DEVICES or type(x) is not Tensor:
-        return False
-    one_dtype = call.lora_a.dtype == x.dtype == call.lora_b.dtype
-    if not one_dtype and not autocast and torch.is_grad_enabled():
+def _serves_eager(x: Tensor) -> bool:
+    if torch.is_grad_enabled() or x.device.type not in _EAGER_DEVICES or type(x) is not Tensor:
         return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def chain(x: Tensor, call: LoraCall) -> Tensor:
-    """Return the layer's output ``(..., N)`` in the dtype of x ``(..., K)``; torch differentiates it."""
+    """Return the output ``(..., N)`` of x ``(..., K)``, in its dtype; torch differentiates it, also twice."""
     weight = call.weight.t() if call.transposed else call.weight
     bias = None if call.bias is None else cast(call.bias, x.dtype)
     lora_a, lora_b = cast(call.lora_a, x.dtype), cast(call.lora_b, x.dtype)

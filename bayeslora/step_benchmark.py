@@ -9,10 +9,12 @@ ratio is the median of the ratios within rounds, with the 95% interval that the 
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -330,14 +332,31 @@ def time_rounds(
     """
     inner = 1
     began, rounds = time.perf_counter(), 0
-    while rounds < fewest or (time.perf_counter() - began < seconds and not enough()):
-        order = contestants if rounds % 2 == 0 else contestants[::-1]
-        for contestant in order:
-            contestant.seconds.append(_time(contestant.step, inner))
-        if rounds == 0:  # short steps are timed several at once
-            fastest = min(contestant.seconds[-1] for contestant in contestants)
-            inner = max(1, min(8, round(0.05 / fastest)))
-        rounds += 1
+    with collector_paused():
+        while rounds < fewest or (time.perf_counter() - began < seconds and not enough()):
+            order = contestants if rounds % 2 == 0 else contestants[::-1]
+            for contestant in order:
+                contestant.seconds.append(_time(contestant.step, inner))
+            if rounds == 0:  # short steps are timed several at once
+                fastest = min(contestant.seconds[-1] for contestant in contestants)
+                inner = max(1, min(8, round(0.05 / fastest)))
+            rounds += 1
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Keep Python's garbage collector out of what is timed, as `timeit` does.
+
+    Its passes over a model's objects take milliseconds, and fall on one contestant or another by chance.
+    """
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _time(step: Callable[[], object], inner: int) -> float:

@@ -34,6 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from bayeslora import lora_products, patch
 from bayeslora.lora_group import remove_groups
 from bayeslora.step_benchmark import SHAPES as MODELS
+from bayeslora.step_benchmark import collector_paused
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -258,9 +259,10 @@ def measure(
     for row in rows:
         row.measure_peak()
         row.run()
-    for _ in range(rounds):
-        for row in rows:
-            row.seconds.append(row.run())
+    with collector_paused():
+        for _ in range(rounds):
+            for row in rows:
+                row.seconds.append(row.run())
     yield from (_describe(row, row.seconds, adapters, tokens, "eager") for row in rows)
     if CUDA and tokens in GRAPH_TOKENS:
         for row in rows:
@@ -269,9 +271,10 @@ def measure(
         graphs = [GraphStep(row, pool, stream) for row in rows]
         check_graphs(rows, graphs)
         seconds: list[list[float]] = [[] for _ in rows]
-        for _ in range(rounds):
-            for graph, times in zip(graphs, seconds, strict=True):
-                times.append(graph.run())
+        with collector_paused():
+            for _ in range(rounds):
+                for graph, times in zip(graphs, seconds, strict=True):
+                    times.append(graph.run())
         yield from (
             _describe(row, times, adapters, tokens, "graph") for row, times in zip(rows, seconds, strict=True)
         )

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from bayeslora.step_benchmark import collector_paused
+
 ACTIVITIES = [torch.profiler.ProfilerActivity.CPU]
 if torch.cuda.is_available():
     ACTIVITIES.append(torch.profiler.ProfilerActivity.CUDA)
@@ -56,23 +58,29 @@ def host_costs(
     rounds = rounds if device.type == "cuda" else 10
     x = torch.randn(2, 8, 256, device=device, dtype=torch.bfloat16, requires_grad=True)
     timings: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
-    for _ in range(rounds):
-        for name, model in variants.items():
-            for p in model.parameters():
-                p.grad = None
-            _synchronize()
-            times = [time.perf_counter()]
-            outputs = model(x * 1)
-            times.append(time.perf_counter())
-            torch.autograd.backward(outputs, [y.detach() for y in outputs])
-            times.append(time.perf_counter())
-            timings[name].append((times[1] - times[0], times[2] - times[1]))
+    with collector_paused():
+        for _ in range(rounds):
+            for name, model in variants.items():
+                timings[name].append(_time(model, x))
     results = []
     for name, model in variants.items():
         forward, backward = (statistics.median(t[i] for t in timings[name][5:]) * 1e6 / 7 for i in (0, 1))
         result = {"variant": name, "forward_us": forward, "backward_us": backward}
         results.append({**result, **_count_launches(model, x)})
     return results
+
+
+def _time(model: nn.Module, x: Tensor) -> tuple[float, float]:
+    """Seconds of the host, forward and backward."""
+    for p in model.parameters():
+        p.grad = None
+    _synchronize()
+    times = [time.perf_counter()]
+    outputs = model(x * 1)
+    times.append(time.perf_counter())
+    torch.autograd.backward(outputs, [y.detach() for y in outputs])
+    times.append(time.perf_counter())
+    return times[1] - times[0], times[2] - times[1]
 
 
 def _count_launches(model: nn.Module, x: Tensor) -> dict:

@@ -14,8 +14,9 @@ cross-entropy of the softmax over the choices' scores, which is the NLL that is 
 right choice's score alone. Tables are apart for each.
 
 Every finished run appends its rows to a file of DIR, and trained weights are kept there for other views of
-the same training; called again, the script goes on with the rest. Workers are processes on one device that
-take runs in order from one list; ``--mps`` has NVIDIA's MPS run their kernels side by side, if it is there.
+the same training; called again, the script goes on with the rest. Workers are processes, in turn on each GPU
+of CUDA_VISIBLE_DEVICES, that take runs in order from one list; ``--mps`` has NVIDIA's MPS run their kernels
+side by side, if it is there.
 At the end DIR/rows.jsonl and probabilities.safetensors hold everything that another machine needs to go on.
 ``--plan`` prints the runs and the minutes expected; ``--report`` writes tables and plots of the rows found
 (see study_report.py).

@@ -23,7 +23,7 @@ from bayeslora.finetune import load_model
 
 _POLL = 0.5
 _MPS_PROBE = "import torch; torch.zeros(1, device='cuda').item()"
-_WITHOUT_MPS = 8  # workers that a GPU's time slices serve; more would only make each run longer
+_WITHOUT_MPS = 8  # workers that one GPU's time slices serve; more would only make each run longer
 Job = dict[str, Any]
 
 
@@ -220,12 +220,12 @@ def multi_process_service(wanted: bool) -> Iterator[dict[str, str] | None]:
     folder.mkdir()
     environment = {"CUDA_MPS_PIPE_DIRECTORY": str(folder), "CUDA_MPS_LOG_DIRECTORY": str(folder)}
     full = {**os.environ, **environment}
-    clients = {**environment, "CUDA_VISIBLE_DEVICES": "0"}  # counted among those that the daemon sees
     try:
         daemon = ["nvidia-cuda-mps-control", "-d"]
         subprocess.run(daemon, env=full, timeout=30, check=True, capture_output=True)
         probe = [sys.executable, "-c", _MPS_PROBE]
-        subprocess.run(probe, env={**full, **clients}, timeout=60, check=True, capture_output=True)
+        client = {**full, "CUDA_VISIBLE_DEVICES": "0"}
+        subprocess.run(probe, env=client, timeout=60, check=True, capture_output=True)
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or b""
         print(f"no MPS: {error} {said.decode(errors='replace')[-300:]}", flush=True)
@@ -234,7 +234,7 @@ def multi_process_service(wanted: bool) -> Iterator[dict[str, str] | None]:
         return
     print("MPS runs", flush=True)
     try:
-        yield clients
+        yield environment
     finally:
         _quit(full)
 
@@ -245,21 +245,30 @@ def _quit(environment: dict[str, str]) -> None:
         subprocess.run(command, input=b"quit\n", env=environment, timeout=30, capture_output=True, check=True)
 
 
+def gpu_names(under_mps: bool) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls each GPU in a worker; MPS numbers those that its daemon sees."""
+    count = torch.cuda.device_count()
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return visible[:count] if visible and not under_mps else [str(i) for i in range(count)]
+
+
 def run_workers(study: Any, words: list[str], until: float) -> None:
-    """Start the worker processes and wait for them."""
+    """Start the worker processes, in turn on each GPU, and wait for them."""
     arguments = study.arguments
     model = converted(arguments.model, arguments.cache)
     with multi_process_service(arguments.mps) as mps:
         count = arguments.workers
-        if arguments.mps and mps is None and DEVICE.type == "cuda":
-            count = min(count, _WITHOUT_MPS)
+        gpus = gpu_names(mps is not None)
+        if arguments.mps and mps is None and gpus:
+            count = min(count, _WITHOUT_MPS * len(gpus))
         script = str(Path(__file__).with_name("study.py"))
         command = [sys.executable, script, *words, "--model", model, "--until", str(until)]
         environment = {**os.environ, **(mps or {}), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        print(f"{count} workers", flush=True)
+        print(f"{count} workers, {len(gpus)} GPUs", flush=True)
 
         def start(index: int) -> subprocess.Popen[bytes]:
-            return subprocess.Popen([*command, "--worker", str(index)], env=environment)
+            own = {"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} if gpus else {}
+            return subprocess.Popen([*command, "--worker", str(index)], env={**environment, **own})
 
         workers = [start(i) for i in range(count)]
         restarts = 0

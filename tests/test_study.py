@@ -129,6 +129,7 @@ def test_a_model_and_questions_are_prepared_by_one_process_for_all(folder, tmp_p
 def test_a_packed_question_has_the_scores_of_its_sequences(folder, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
     study_model = importlib.import_module("study_model")
+    monkeypatch.setattr(study_model, "DEVICE", torch.device("cpu"))
     model, tokenizer = load_model(str(folder / "model"), device=torch.device("cpu"))
     rows = [
         Question("the film was good .", ("positive fine", "very very negative", "very bad"), 0),
@@ -156,9 +157,26 @@ def test_a_packed_question_has_the_scores_of_its_sequences(folder, monkeypatch):
     assert study_model.Data(packed).predict(model).sum(1).tolist() == pytest.approx([1.0] * 3)
 
 
+def test_workers_take_the_gpus_in_turn_by_the_names_that_their_parent_was_given(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    study_worker = importlib.import_module("study_worker")
+    for count, visible, plain, under_mps in (
+        (0, "", [], []),
+        (2, "", ["0", "1"], ["0", "1"]),
+        (2, "GPU-a,GPU-b", ["GPU-a", "GPU-b"], ["0", "1"]),
+        (1, "3", ["3"], ["0"]),
+    ):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert study_worker.gpu_names(under_mps=False) == plain
+        assert study_worker.gpu_names(under_mps=True) == under_mps
+
+
 def test_laplace_is_the_covariance_of_the_linearized_model(folder, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
     study_model, study_laplace = map(importlib.import_module, ("study_model", "study_laplace"))
+    for module in (study_model, study_laplace):
+        monkeypatch.setattr(module, "DEVICE", torch.device("cpu"))
     base, tokenizer = load_model(str(folder / "model"), device=torch.device("cpu"))
     lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     model = get_peft_model(base, lora).eval()
