@@ -14,7 +14,6 @@ what PEFT's own move by when its adapters are rounded to bf16.
 import argparse
 import copy
 import gc
-import json
 from collections.abc import Iterator
 from importlib.util import find_spec
 from itertools import chain
@@ -33,7 +32,7 @@ from bench_model_step import (
     _gradients,
     build_base,
 )
-from measure import environment, spread
+from measure import environment, spread, write_json
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -244,11 +243,12 @@ def main() -> None:
     shape = LLAMA_3B if CUDA else TOY
     parts = {"quantized": quantized, "compiled": compiled}
     names = [arguments.only] if arguments.only else list(parts)
-    rows = [row for name in names for row in parts[name](shape)]
     kind = "".join(c if c.isalnum() else "_" for c in environment()["device"]).strip("_").lower()
     file = arguments.out / f"bases_{'_'.join(names)}_{kind}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+    rows: list[dict] = []
+    for row in (row for name in names for row in parts[name](shape)):
+        rows.append(row)
+        write_json(file, {"environment": environment(), "rows": rows})
     print(f"\n{file}")
 
 
