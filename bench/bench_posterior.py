@@ -105,10 +105,11 @@ def interleaved(calls: dict[str, Callable[[], object]], rounds: int, warmup: int
 
 
 class Decoder:
-    """Greedy decoding with a static cache: one step, eager or as a CUDA graph."""
+    """Greedy decoding with a static cache: prompt and step, eager or each as a CUDA graph."""
 
-    def __init__(self, model: Any, rows: int) -> None:
+    def __init__(self, model: Any, prompt: Tensor, rows: int) -> None:
         self.model, self.rows, self.length = model, rows, PROMPT + NEW + 8
+        self.prompt = prompt.expand(rows, -1).contiguous()
         self.base = model.base_model.model
         self.cache = StaticCache(config=self.base.config, max_cache_len=self.length)
         self.token = torch.zeros(rows, 1, dtype=torch.int64, device=DEVICE)
@@ -117,7 +118,7 @@ class Decoder:
         self.logits = torch.zeros(rows, self.base.config.vocab_size, device=DEVICE)
         names = inspect.signature(self.base.model.forward).parameters
         self.takes_position = "cache_position" in names  # of older transformers
-        self.graph: Any = None
+        self.graphs: dict[str, Any] = {}
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         seen = self.columns[None, :] <= positions[:, None]
@@ -134,74 +135,76 @@ class Decoder:
         self.logits.copy_(self.base(**inputs).logits[:, -1])
         return self.logits.argmax(-1, keepdim=True)
 
-    def prefill(self, prompt: Tensor) -> None:
-        self.cache.reset()
-        positions = torch.arange(PROMPT, device=DEVICE)
-        self.token.copy_(self.forward(prompt.expand(self.rows, -1), positions))
+    def read_prompt(self) -> None:
+        self.token.copy_(self.forward(self.prompt, torch.arange(PROMPT, device=DEVICE)))
         self.position.fill_(PROMPT)
 
     def step(self) -> None:
         self.token.copy_(self.forward(self.token, self.position))
         self.position.add_(1)
 
-    def capture(self, prompt: Tensor) -> None:
-        self.prefill(prompt)
+    def capture(self) -> None:
+        """Record the prompt's pass and a step's; without a GPU both stay eager."""
+        self.cache.reset()
+        self.read_prompt()
         if not CUDA:
             return
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                self.step()
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.step()
+        for name, part in (("read_prompt", self.read_prompt), ("step", self.step)):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(2):
+                    self.cache.reset()
+                    part()
+            torch.cuda.current_stream().wait_stream(side)
+            self.graphs[name] = torch.cuda.CUDAGraph()
+            self.cache.reset()
+            with torch.cuda.graph(self.graphs[name]):
+                part()
 
-    def run(self, prompt: Tensor, captured: bool, new: int = NEW) -> Tensor:
-        self.prefill(prompt)
-        tokens = [self.token.clone()]
-        advance = self.graph.replay if captured and self.graph is not None else self.step
-        for _ in range(new - 1):
-            advance()
-            tokens.append(self.token.clone())
-        return torch.cat(tokens, 1)
+    def run(self, captured: bool, new: int = NEW, tokens: list[Tensor] | None = None) -> list[Tensor]:
+        """Decode ``new`` tokens, or read ``tokens``; return each step's logits if so, else its token."""
+        captured = captured and bool(self.graphs)
+        read_prompt, step = (
+            (self.graphs["read_prompt"].replay, self.graphs["step"].replay)
+            if captured
+            else (self.read_prompt, self.step)
+        )
+        self.cache.reset()
+        read_prompt()
+        found = [(self.token if tokens is None else self.logits).clone()]
+        for i in range(new - 1):
+            if tokens is not None:
+                self.token.copy_(tokens[i])
+            step()
+            found.append((self.token if tokens is None else self.logits).clone())
+        return found
 
-    def distance(self, prompt: Tensor) -> float:
-        """How far the graph's logits are from the eager steps', relative, over FEW tokens of the latter's."""
-        tokens, logits = [], []
-        self.prefill(prompt)
-        for _ in range(FEW):
-            tokens.append(self.token.clone())
-            self.step()
-            logits.append(self.logits.clone())
-        self.prefill(prompt)
-        errors = []
-        for token, want in zip(tokens, logits, strict=True):
-            self.token.copy_(token)
-            (self.step if self.graph is None else self.graph.replay)()
-            errors.append(((self.logits - want).norm() / want.norm()).item())
-        return max(errors)
+    def distance(self) -> float:
+        """How far the graphs' logits are from the eager steps', relative, over FEW tokens of the latter's."""
+        tokens = self.run(captured=False, new=FEW)
+        eager, graphs = (self.run(captured, FEW, tokens) for captured in (False, True))
+        return max(((g - e).norm() / e.norm()).item() for g, e in zip(graphs, eager, strict=True))
 
 
 def captured_rows(posterior: Posterior, prompt: Tensor, rounds: int) -> dict[str, Any]:
     """Times of decoding by CUDA graphs, checked against the eager steps; or why it could not be."""
     layers = SampledLayers(posterior)
     try:
-        one, many = Decoder(posterior.model, 1), Decoder(posterior.model, S)
+        one, many = (Decoder(posterior.model, prompt, rows) for rows in (1, S))
         with torch.no_grad():
             with posterior.sample(0):
-                one.capture(prompt)
-                errors = [one.distance(prompt)]
+                one.capture()
+                errors = [one.distance()]
             with layers.active(range(S), 1.0, S):
-                many.capture(prompt)
-                errors.append(many.distance(prompt))
+                many.capture()
+                errors.append(many.distance())
                 if max(errors) > TOLERANCE:
                     return {"reason": f"captured logits are {errors} from the eager steps', relative"}
                 # The graphs hold the samples' addresses: both replay whatever context is open.
                 calls = {
-                    "one sample, captured": lambda: one.run(prompt, True),
-                    "S samples, captured": lambda: many.run(prompt, True),
+                    "one sample, captured": lambda: one.run(captured=True),
+                    "S samples, captured": lambda: many.run(captured=True),
                 }
                 if CUDA:
                     return interleaved(calls, rounds)
