@@ -295,7 +295,7 @@ def main() -> None:
     result["generate"] = interleaved(calls, arguments.rounds, warmup=0)
     unpatch(model)
     result["generate"] |= interleaved(
-        {"PEFT": lambda: model.generate(input_ids=prompt, **settings)}, min(2, arguments.rounds), warmup=0
+        {"PEFT": lambda: model.generate(input_ids=prompt, **settings)}, arguments.rounds, warmup=0
     )
     patch(model)
     measure.write_json(file, result)

@@ -1,7 +1,7 @@
 """README's section "What you can expect": the study's tables, and in words where IVON helps and where not."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,29 @@ _OURS = (
     ("ivon", "pruned_samples"),
     ("ivon_auto", "mean"),
     ("ivon_auto", "samples"),
-    ("ivon_auto_first", "mean"),
-    ("ivon_auto_first", "samples"),
+    ("ivon_auto", "pruned_samples"),
 )
-_SHORT = {
+_SHORT = (
     _POINT,
+    ("adamw", "early"),
     ("adamw", "temperature"),
+    ("swag", "swag"),
     ("ensemble", "mean"),
     ("laplace", "linear_kfac"),
     ("ivon", "mean"),
     ("ivon", "samples"),
+    ("ivon_auto", "mean"),
     ("ivon_auto", "samples"),
-    ("ivon_auto_first", "samples"),
-}
+)
+_FOREIGN = (
+    _POINT,
+    ("adamw", "temperature"),
+    ("ensemble", "mean"),
+    ("ivon", "mean"),
+    ("ivon", "pruned"),
+    ("ivon_auto", "samples"),
+    ("ivon_auto", "pruned_samples"),
+)
 WHERE = ("task", "data", "lora", "objective", "scoring")
 _WAYS = {
     ("choices", "mean_loglik"): "scores: log-likelihood a token",
@@ -38,44 +48,66 @@ _WAYS = {
 _METRICS = (("accuracy", "accuracy", 100, 1, 1), ("ece", "ECE", 100, 1, -1), ("nll", "NLL", 1, 3, -1))
 
 
-def expectations(summary: Path, table: Callable[[list[str], list[list[str]]], str]) -> str:
-    """Return the section's generated part; without results, how to get them."""
+_Table = Callable[[list[str], list[list[str]]], str]
+_Entries = list[dict[str, Any]]
+
+
+def _measured(result: dict[str, Any]) -> _Entries:
+    """Return the rows of the way to score and to train that comes first of those that were measured."""
+    rows = result["rows"]
+    way = next(way for way in _WAYS if way in {(r["objective"], r["scoring"]) for r in rows})
+    return [row for row in rows if (row["objective"], row["scoring"]) == way]
+
+
+def expectations(summary: Path, table: _Table) -> str:
+    """Say of every task where IVON is better than AdamW and where not."""
     if not summary.exists():
         return f"`{_COMMAND}` measures IVON against AdamW and its alternatives on your own questions."
     result = json.loads(summary.read_text())
+    rows = _measured(result)
     parts = []
-    rows = result["rows"]
     for where in dict.fromkeys(tuple(row[name] for name in WHERE) for row in rows):
         entries = [row for row in rows if tuple(row[name] for name in WHERE) == where]
-        head = [_heading(entries[0]), "accuracy %", "ECE %", "NLL", "Brier"]
-        body = [[e["label"], *[cell(e, n) for n in ("accuracy", "ece", "nll", "brier")]] for e in entries]
-        extra = ["runs", "ms a step", "passes"]
-        for cells, entry in zip(body, entries, strict=True):
-            step = "-" if entry["step_ms"] is None else f"{entry['step_ms']:.1f}"
-            cells += [str(entry["runs"]), step, str(entry["passes"])]
-        parts += [table(head + extra, body), _verdict(entries)]
+        verdict = _verdict(entries) if entries[0]["task"] == entries[0]["data"] else ""
+        if verdict:
+            parts.append(f"{_heading(entries[0])}:\n\n{verdict}")
     if result.get("robustness"):
         parts.append(_robustness(result["robustness"], table))
-    if "device" in result:
-        parts.append(f"Means over seeds with standard errors; {result['device']}.")
-    return "\n\n".join(part for part in parts if part)
+    parts.append(f"Differences of means over seeds, each run on one {result['device']}.")
+    return "\n\n".join(parts)
 
 
-def in_short(summary: Path, table: Callable[[list[str], list[list[str]]], str]) -> str:
+def in_short(summary: Path, table: _Table) -> str:
     """Return the rows that decide, on the tasks that the adapters were trained on."""
     if not summary.exists():
         return f"`{_COMMAND}` measures it on your own questions."
-    rows = [row for row in json.loads(summary.read_text())["rows"] if row["task"] == row["data"]]
-    ways = [(row["objective"], row["scoring"]) for row in rows if row["lora"] == "qv"]
-    way = next(way for way in _WAYS if way in ways)  # the first that was measured
-    body = [
-        [row["task"], row["label"], *[cell(row, name) for name in ("accuracy", "ece", "nll")]]
-        for row in rows
-        if (row["objective"], row["scoring"]) == way
-        and row["lora"] == "qv"
-        and (row["method"], row["view"]) in _SHORT
-    ]
-    return f"{table(['', '', 'accuracy %', 'ECE %', 'NLL'], body)}\n\n{_WAYS[way].capitalize()}."
+    rows = _measured(json.loads(summary.read_text()))
+    trained = [row for row in rows if row["task"] == row["data"]]
+    way = _WAYS[rows[0]["objective"], rows[0]["scoring"]].capitalize()
+    note = f"{way}; means over seeds with standard errors."
+    return f"{_chosen(trained, _SHORT, table)}\n\n{note}"
+
+
+def elsewhere(summary: Path, table: _Table) -> str:
+    """Return the rows of questions unlike those trained on."""
+    if not summary.exists():
+        return f"`{_COMMAND} --ood NAME=FILE.jsonl` measures it on your own questions."
+    rows = _measured(json.loads(summary.read_text()))
+    foreign = [row for row in rows if row["task"] != row["data"] and row["lora"] == "qv"]
+    if not foreign:
+        return "Not measured yet."
+    trained = " and ".join(dict.fromkeys(row["task"] for row in foreign))
+    return f"{_chosen(foreign, _FOREIGN, table)}\n\nAdapters trained on {trained}; LoRA on q and v."
+
+
+def _chosen(rows: _Entries, kinds: Sequence[tuple[str, str]], table: _Table) -> str:
+    body = []
+    for row in rows:
+        if (row["method"], row["view"]) in kinds:
+            what = row["data"] + ("" if row["lora"] == "qv" else ", all linear layers")
+            cells = [cell(row, name) for name in ("accuracy", "ece", "nll")]
+            body.append([what, row["label"], *cells, str(row["runs"]), str(row["passes"])])
+    return table(["", "", "accuracy %", "ECE %", "NLL", "runs", "passes"], body)
 
 
 def _heading(entry: dict[str, Any]) -> str:
@@ -93,7 +125,7 @@ def cell(entry: dict[str, Any], name: str) -> str:
     return text if error is None else f"{text} ± {scale * error:.{digits}f}"
 
 
-def _verdict(entries: list[dict[str, Any]]) -> str:
+def _verdict(entries: _Entries) -> str:
     """Say of each of our rows what is better than AdamW's, worse, or within two standard errors."""
     found = {(entry["method"], entry["view"]): entry for entry in entries}
     if _POINT not in found:
@@ -115,7 +147,7 @@ def _verdict(entries: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _robustness(entries: list[dict[str, Any]], table: Callable[[list[str], list[list[str]]], str]) -> str:
+def _robustness(entries: _Entries, table: _Table) -> str:
     head = [f"{entries[0]['cells']} runs over learning rates and batch sizes"]
     head += [f"{label}: median / spread / worst" for label in ("accuracy %", "ECE %", "NLL")]
     body = []

@@ -170,7 +170,7 @@ def posterior_table() -> str:
         ("captured", "one sample, captured", f"the same as CUDA graphs, S = {settings['S']}"),
         ("predict", "one pass", f"predict 1 x {settings['length']} tokens, S = {settings['S_predict']}"),
     ):
-        for name, seconds in result[part].items():
+        for name, seconds in result.get(part, {}).items():
             if name != "reason" and seconds["rounds"] >= _FEWEST_ROUNDS:
                 ratio = seconds["median"] / result[part][unit]["median"]
                 rows.append([what, name, f"{1e3 * seconds['median']:.1f}", f"{ratio:.2f}"])
@@ -246,6 +246,7 @@ def compatibility_table() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "glance": lambda: readme_glance.glance(load, table, _exists, DEVICES),
     "expectations in short": lambda: readme_study.in_short(RESULTS / "study" / "summary.json", table),
+    "expectations elsewhere": lambda: readme_study.elsewhere(RESULTS / "study" / "summary.json", table),
     "expectations": lambda: readme_study.expectations(RESULTS / "study" / "summary.json", table),
     "model step": lambda: readme_lora.model_step(load, table, _exists, DEVICES),
     "lora layers": lambda: readme_lora.lora_layers(load, table),

@@ -22,6 +22,7 @@ from bayeslora.data import load_questions, split_questions
 from bayeslora.finetune import load_model
 
 _POLL = 0.5
+_RETRY = 10.0
 _MPS_PROBE = "import torch; torch.zeros(1, device='cuda').item()"
 _WITHOUT_MPS = 8  # workers that one GPU's time slices serve; more would only make each run longer
 Job = dict[str, Any]
@@ -77,6 +78,12 @@ class Worker:
             except OutOfTimeError:
                 claim.unlink()
                 return
+            except torch.OutOfMemoryError as error:  # the device is shared: once others have ended it may fit
+                print(f"{job['task']} {job['method']}: {str(error)[:60]}; put back", flush=True)
+                claim.unlink()
+                torch.cuda.empty_cache()
+                time.sleep(_RETRY)
+                continue
             except Exception:  # the claim stays: the others go on, and another call tries again
                 traceback.print_exc()
                 claim.with_name(f"{claim.name}-failed").touch()
@@ -84,6 +91,8 @@ class Worker:
                 continue
             with self.file.open("a") as file:
                 file.write("".join(json.dumps(row) + "\n" for row in rows))
+            if DEVICE.type == "cuda":
+                torch.cuda.empty_cache()  # for the other workers
             took = time.time() - start
             self.seconds[self._kind(job)] = took
             first = rows[0]
