@@ -2,21 +2,15 @@
 
 Every contestant trains the same model (weights shared, adapters its own copy) on the same tokens. Before
 anything is timed the contestants are checked: patched layers against PEFT's, IVON's step against its
-plain-torch twin, a captured step against the eager one. Rounds are interleaved (A B C, C B A, ...), and a
-ratio is the median of the ratios within rounds, with the 95% interval that the sign test gives a median.
+plain-torch twin, a captured step against the eager one. ``step_models.py`` makes the models,
+``step_timing.py`` times the contestants in interleaved rounds and compares them.
 """
 
 from __future__ import annotations
 
-import copy
-import gc
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import torch
@@ -26,85 +20,31 @@ from bayeslora.capture import capture_step
 from bayeslora.ivon import IVON
 from bayeslora.kernels import ivon_twin
 from bayeslora.kernels.param_bucket import ParamBucket
+from bayeslora.step_models import SHAPES, Case, clear_gradients, random_model, sharing_copy, trained
+from bayeslora.step_timing import Contestant, collector_paused, ratio, sign_interval, time_rounds
 
-_LLAMA = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "tie_word_embeddings": True}
-SHAPES: dict[str, dict[str, Any]] = {
-    "SmolLM2-135M": {
-        "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
-        "intermediate_size": 1536, "vocab_size": 49152, "tie_word_embeddings": True,
-    },
-    "Llama-3.2-3B": _LLAMA | {
-        "hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24, "intermediate_size": 8192,
-    },
-    "Llama-3-8B": _LLAMA | {
-        "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 14336,
-        "tie_word_embeddings": False,
-    },
-    "toy": {
-        "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "intermediate_size": 96, "vocab_size": 128, "tie_word_embeddings": True,
-    },
-}  # fmt: skip
+__all__ = [
+    "CAPTURED",
+    "EAGER",
+    "SHAPES",
+    "Bench",
+    "Case",
+    "Contestant",
+    "check_ivon",
+    "collector_paused",
+    "measure",
+    "ratio",
+    "sign_interval",
+    "time_rounds",
+]
+
 EAGER = ("base", "PEFT + AdamW", "PEFT + ivon-opt", "patched + AdamW", "patched + IVON")
 CAPTURED = ("PEFT + AdamW", "patched + AdamW, captured", "patched + IVON, captured", "PEFT + AdamW, captured")
 _IVON: dict[str, Any] = {"lr": 1e-3, "ess": 1e6, "hess_init": 5e-3, "clip_radius": 1e-2, "rescale_lr": False}
 # Two roundings of one sum in other places: errors of the size of PEFT's own in bf16, give or take half.
 _CHECK_FACTOR = 1.5
 _STEPS_COMPARED = 6  # of a captured run, of which the last three are replays
-_FEWEST_ROUNDS = 7
 _NARROW = 0.004  # an interval of a ratio that more rounds need not narrow
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is trained.
-
-    Args:
-        shape: a key of ``SHAPES``, or any name if ``config`` is given.
-        batch: sequences a step, each of ``length`` tokens.
-        length: see ``batch``.
-        rank: of the adapters.
-        targets: PEFT's ``target_modules``.
-        config: a transformers configuration of a causal language model, instead of a shape.
-    """
-
-    shape: str
-    batch: int
-    length: int
-    rank: int = 16
-    targets: str | tuple[str, ...] = "all-linear"
-    config: Any = None
-
-    def model_config(self) -> Any:
-        """Return the transformers configuration.
-
-        Raises:
-            ValueError: the shape is not known.
-        """
-        if self.config is not None:
-            return self.config
-        if self.shape not in SHAPES:
-            raise ValueError(f"shape must be one of {', '.join(SHAPES)}; got {self.shape!r}")
-        from transformers import LlamaConfig
-
-        return LlamaConfig(**SHAPES[self.shape])
-
-
-@dataclass
-class Contestant:
-    """One way to train: takes a step when called, and returns the loss.
-
-    Args:
-        name: as in the table.
-        step: takes the step.
-        seconds: of a step, one entry a round.
-        peak_bytes: memory that this contestant alone would need at its peak; 0 on a CPU.
-    """
-
-    name: str
-    step: Callable[[], Tensor]
-    seconds: list[float] = field(default_factory=list)
-    peak_bytes: int = 0
 
 
 class Bench:
@@ -125,18 +65,18 @@ class Bench:
         from bayeslora.patching import patch
 
         self.case, self.device = case, device
-        self.base = _random_model(case.model_config(), device, dtype)
+        self.base = random_model(case.model_config(), device, dtype)
         targets = case.targets if isinstance(case.targets, str) else list(case.targets)
         lora = LoraConfig(
             r=case.rank, lora_alpha=2 * case.rank, target_modules=targets, task_type="CAUSAL_LM"
         )
         torch.manual_seed(1)
-        self._peft = get_peft_model(_sharing_copy(self.base), lora).train()
+        self._peft = get_peft_model(sharing_copy(self.base), lora).train()
         for name, p in self._peft.named_parameters():
             if "lora_B" in name:  # PEFT's zeros would hide half of the gradients
                 nn.init.normal_(p, std=0.02)
-        self._half = get_peft_model(_sharing_copy(self.base), lora, autocast_adapter_dtype=False).train()
-        for p, q in zip(_trained(self._half), _trained(self._peft), strict=True):
+        self._half = get_peft_model(sharing_copy(self.base), lora, autocast_adapter_dtype=False).train()
+        for p, q in zip(trained(self._half), trained(self._peft), strict=True):
             p.data.copy_(q)
         self._patch = patch
         vocabulary = self.base.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
@@ -146,7 +86,7 @@ class Bench:
 
     def model(self, patched: bool) -> nn.Module:
         """Return a copy with adapters of its own and the shared frozen weights."""
-        model = _sharing_copy(self._peft, but=_trained(self._peft))
+        model = sharing_copy(self._peft, but=trained(self._peft))
         return self._patch(model) if patched else model
 
     def loss(self, model: nn.Module) -> Tensor:
@@ -165,9 +105,9 @@ class Bench:
             loss.backward()
             losses.append(float(loss.detach()))
             gradients.append(
-                torch.cat([p.grad.flatten().float() for p in _trained(model) if p.grad is not None])
+                torch.cat([p.grad.flatten().float() for p in trained(model) if p.grad is not None])
             )
-            _clear_gradients(model)
+            clear_gradients(model)
         truth, half, own = gradients
         allowed = _CHECK_FACTOR * float((half - truth).norm() / truth.norm()) + 1e-5
         error = float((own - truth).norm() / truth.norm())
@@ -223,7 +163,7 @@ class Bench:
             return self._base_step
         layers, _, optimizer = kind.partition(" + ")
         model = self.model(patched=layers == "patched")
-        params = _trained(model)
+        params = trained(model)
         if optimizer == "ivon-opt":
             return self._ivon_opt_step(model, params)
         opt: torch.optim.Optimizer
@@ -313,87 +253,6 @@ def check_ivon(device: torch.device) -> None:
             torch.testing.assert_close(opt.state[weight][key].cpu(), expected, rtol=1e-4, atol=1e-6)
 
 
-# ---- timing --------------------------------------------------------------------------------------
-
-
-def time_rounds(
-    contestants: list[Contestant],
-    seconds: float,
-    fewest: int = _FEWEST_ROUNDS,
-    enough: Callable[[], bool] = lambda: False,
-) -> None:
-    """Add interleaved rounds to the contestants' ``seconds``.
-
-    Args:
-        contestants: timed in turn.
-        seconds: no further round begins after them.
-        fewest: rounds all the same.
-        enough: asked after those; True ends the rounds early.
-    """
-    inner = 1
-    began, rounds = time.perf_counter(), 0
-    with collector_paused():
-        while rounds < fewest or (time.perf_counter() - began < seconds and not enough()):
-            order = contestants if rounds % 2 == 0 else contestants[::-1]
-            for contestant in order:
-                contestant.seconds.append(_time(contestant.step, inner))
-            if rounds == 0:  # short steps are timed several at once
-                fastest = min(contestant.seconds[-1] for contestant in contestants)
-                inner = max(1, min(8, round(0.05 / fastest)))
-            rounds += 1
-
-
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """Keep Python's garbage collector out of what is timed, as `timeit` does.
-
-    Its passes over a model's objects take milliseconds, and fall on one contestant or another by chance.
-    """
-    was_enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-def _time(step: Callable[[], object], inner: int) -> float:
-    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
-    synchronize()
-    start = time.perf_counter()
-    for _ in range(inner):
-        step()
-    synchronize()
-    return (time.perf_counter() - start) / inner
-
-
-def ratio(of: Contestant, to: Contestant) -> dict[str, float]:
-    """Return the median of the ratios within rounds, its 95% interval, and the number of rounds."""
-    rounds = min(len(of.seconds), len(to.seconds))
-    ratios = sorted(a / b for a, b in zip(of.seconds[-rounds:], to.seconds[-rounds:], strict=True))
-    low, high = sign_interval(rounds)
-    return {"median": statistics.median(ratios), "low": ratios[low], "high": ratios[high], "rounds": rounds}
-
-
-def _width(of: dict[str, float]) -> float:
-    return of["high"] - of["low"]
-
-
-def sign_interval(n: int, confidence: float = 0.95) -> tuple[int, int]:
-    """Return the indices, among n sorted values, between which the median lies with that confidence.
-
-    Exact and free of assumptions: values fall below the median as coins fall. Where n is too small
-    (below 6 at 95%), the smallest and the largest.
-    """
-    low, tail = 0, 1 + n  # of 2**n equally likely outcomes, those with at most low + 1 values below
-    while low + 1 < (n + 1) // 2 and tail / 2**n <= (1 - confidence) / 2:
-        low += 1
-        tail += math.comb(n, low + 1)
-    return low, n - 1 - low
-
-
 def measure(
     case: Case, mode: str, device: torch.device, seconds: float, dtype: torch.dtype = torch.bfloat16
 ) -> Iterator[dict[str, Any]]:
@@ -457,38 +316,8 @@ def _contestants(bench: Bench, names: Iterable[str]) -> list[Contestant]:
     return made
 
 
-def _random_model(config: Any, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Return a frozen model with random weights, made on its device, whose embeddings want a gradient.
-
-    So the frozen base alone differentiates the same chain as every model with adapters.
-    """
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    model.get_input_embeddings().register_forward_hook(_require_gradient)
-    return model.requires_grad_(False).train()
-
-
-def _require_gradient(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
-    return output.requires_grad_()
-
-
-def _sharing_copy(model: nn.Module, but: Iterable[Tensor] = ()) -> Any:
-    """Return a copy of the modules that shares every parameter and buffer, ``but`` some."""
-    own = {id(p) for p in but}
-    memo = {id(t): t for t in chain(model.parameters(), model.buffers()) if id(t) not in own}
-    return copy.deepcopy(model, memo)
-
-
-def _trained(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def _clear_gradients(model: nn.Module) -> None:
-    for p in model.parameters():
-        p.grad = None
+def _width(of: dict[str, float]) -> float:
+    return of["high"] - of["low"]
 
 
 def _allocated() -> int:
