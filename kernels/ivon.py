@@ -24,242 +24,21 @@ from functools import cache
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from bayeslora.kernels.ivon_device import (
-    ARRIVED,
-    BETA1,
-    DONE,
-    DRAWS,
-    DTYPE_CODE,
-    ESS,
-    HYPER_WIDTH,
-    NONFINITE,
-    PARAM_PTR,
-    SKIPPED,
-    STEP,
-    STREAM,
-    VARIANCE_SCALE,
-    WEIGHT_DECAY,
-    curvature,
-    flag_nonfinite,
-    hyper,
-    load_as,
-    load_grad,
-    locate,
-    round_as,
-    store_as,
-    update_tile,
+from bayeslora.kernels.ivon_kernels import (
+    ivon_check_kernel,
+    ivon_fold_kernel,
+    ivon_sample_kernel,
+    ivon_step_kernel,
 )
 from bayeslora.kernels.launch import Launcher
-from bayeslora.kernels.noise import randn_block
 from bayeslora.kernels.param_bucket import BLOCK, DenseGrads, ParamBucket
 
 _NUM_WARPS = 4
 _BLOCKS_PER_SM = 8  # resident blocks of the cooperative launch: 8 x 128 threads x 64 registers fill one
 _MAX_REGISTERS = 64
-
-
-@triton.jit(do_not_specialize=["seed", "draw"])
-def _ivon_sample_kernel(
-    rows_ptr,  # int64 [tensors, ROW_WIDTH]
-    tile_tensor_ptr,  # int32 [tiles]
-    mean_ptr,  # DTYPE [size]
-    hess_ptr,  # DTYPE [size]
-    hyper_ptr,  # fp64 [groups, HYPER_WIDTH]
-    control_ptr,  # int64 [CONTROL_WIDTH]
-    seed,
-    draw,
-    BLOCK: tl.constexpr,
-    DTYPE: tl.constexpr,
-    ADOPT: tl.constexpr,
-    PERTURB: tl.constexpr,
-    TRAIN: tl.constexpr,
-    REGULAR: tl.constexpr,
-):
-    tile = tl.program_id(0)
-    draw = draw.to(tl.int64)
-    if TRAIN:
-        draw += tl.load(control_ptr + DRAWS)
-    _, row_ptr, index, flat, mask, group_start = locate(rows_ptr, tile_tensor_ptr, tile, BLOCK, REGULAR)
-    address = tl.load(row_ptr + PARAM_PTR)
-    code = tl.load(row_ptr + DTYPE_CODE)
-    mean = tl.load(mean_ptr + flat, mask=mask, other=0.0)
-    if ADOPT:
-        held = load_as(address, code, index, mask, DTYPE, REGULAR)
-        changed = round_as(mean, code, DTYPE) != held
-        mean = tl.where(changed, held, mean)
-        tl.store(mean_ptr + flat, mean, mask=mask & changed)
-    if PERTURB:
-        hess = tl.load(hess_ptr + flat, mask=mask, other=1.0)
-        decay = hyper(hyper_ptr, row_ptr, WEIGHT_DECAY).to(DTYPE)
-        ess = hyper(hyper_ptr, row_ptr, ESS).to(DTYPE)
-        variance_scale = hyper(hyper_ptr, row_ptr, VARIANCE_SCALE).to(DTYPE)
-        std = tl.sqrt(variance_scale) * tl.rsqrt(ess * (hess + decay))
-        z = randn_block(seed, draw, tl.load(row_ptr + STREAM), group_start, BLOCK).to(DTYPE)
-        mean += std * z
-    store_as(address, code, index, mean, mask, REGULAR)
-
-
-@triton.jit(do_not_specialize=["seed", "draw", "count"])
-def _ivon_fold_kernel(
-    rows_ptr,  # int64 [tensors, ROW_WIDTH]
-    tile_tensor_ptr,  # int32 [tiles]
-    grads_ptr,  # int64 [tensors, GRAD_WIDTH]: address, dtype code, active
-    hess_ptr,  # DTYPE [size]
-    avg_grad_ptr,  # DTYPE [size]
-    avg_curvature_ptr,  # DTYPE [size]
-    hyper_ptr,  # fp64 [groups, HYPER_WIDTH]
-    control_ptr,  # int64 [CONTROL_WIDTH]
-    seed,
-    draw,
-    count,
-    BLOCK: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRICE: tl.constexpr,
-    REGULAR: tl.constexpr,
-):
-    tile = tl.program_id(0)
-    tensor, row_ptr, index, flat, mask, group_start = locate(rows_ptr, tile_tensor_ptr, tile, BLOCK, REGULAR)
-    grad = load_grad(grads_ptr, avg_grad_ptr, tensor, index, flat, mask, DTYPE, False, REGULAR)
-    hess = tl.load(hess_ptr + flat, mask=mask, other=1.0)
-    decay = hyper(hyper_ptr, row_ptr, WEIGHT_DECAY).to(DTYPE)
-    ess = hyper(hyper_ptr, row_ptr, ESS).to(DTYPE)
-    stream = tl.load(row_ptr + STREAM)
-    draw = draw.to(tl.int64) + tl.load(control_ptr + DRAWS)
-    f = curvature(grad, hess, decay, ess, seed, draw, stream, group_start, BLOCK, DTYPE, PRICE)
-    avg_grad = tl.load(avg_grad_ptr + flat, mask=mask, other=0.0)
-    avg_curvature = tl.load(avg_curvature_ptr + flat, mask=mask, other=0.0)
-    avg_grad = tl.where(count == 1, 0.0, avg_grad)  # what an earlier step left there may be NaN
-    avg_curvature = tl.where(count == 1, 0.0, avg_curvature)
-    count = count.to(DTYPE)
-    tl.store(avg_grad_ptr + flat, avg_grad + (grad - avg_grad) / count, mask=mask)
-    tl.store(avg_curvature_ptr + flat, avg_curvature + (f - avg_curvature) / count, mask=mask)
-
-
-@triton.jit(do_not_specialize=["num_tiles"])
-def _ivon_check_kernel(
-    rows_ptr,  # int64 [tensors, ROW_WIDTH]
-    tile_tensor_ptr,  # int32 [tiles]
-    num_tiles,
-    grads_ptr,  # int64 [tensors, GRAD_WIDTH]: address, dtype code, active
-    avg_grad_ptr,  # DTYPE [size]
-    control_ptr,  # int64 [CONTROL_WIDTH]
-    BLOCK: tl.constexpr,
-    DTYPE: tl.constexpr,
-    AVERAGED: tl.constexpr,
-    REGULAR: tl.constexpr,
-):
-    flag_nonfinite(
-        rows_ptr,
-        tile_tensor_ptr,
-        num_tiles,
-        grads_ptr,
-        avg_grad_ptr,
-        control_ptr,
-        BLOCK,
-        DTYPE,
-        AVERAGED,
-        REGULAR,
-    )
-
-
-@triton.jit(do_not_specialize=["seed", "draw", "draws", "num_tiles", "num_groups"])
-def _ivon_step_kernel(
-    rows_ptr,  # int64 [tensors, ROW_WIDTH]
-    tile_tensor_ptr,  # int32 [tiles]
-    num_tiles,
-    grads_ptr,  # int64 [tensors, GRAD_WIDTH]: address, dtype code, active
-    mean_ptr,  # DTYPE [size]
-    momentum_ptr,  # DTYPE [size]
-    hess_ptr,  # DTYPE [size]
-    avg_grad_ptr,  # DTYPE [size], read if AVERAGED
-    avg_curvature_ptr,  # DTYPE [size], read if AVERAGED
-    hyper_ptr,  # fp64 [groups, HYPER_WIDTH]
-    beta1_power_ptr,  # fp64 [groups]: β1^(steps taken)
-    num_groups,
-    control_ptr,  # int64 [CONTROL_WIDTH]
-    grad_scale_ptr,  # fp32 [1], read if SCALED
-    found_inf_ptr,  # fp32 [1], read if FOUND_INF
-    seed,
-    draw,
-    draws,  # training samples of this step
-    BLOCK: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRICE: tl.constexpr,
-    AVERAGED: tl.constexpr,
-    DEBIAS: tl.constexpr,
-    CHECK: tl.constexpr,
-    SCALED: tl.constexpr,
-    FOUND_INF: tl.constexpr,
-    REGULAR: tl.constexpr,
-):
-    if CHECK:
-        flag_nonfinite(
-            rows_ptr,
-            tile_tensor_ptr,
-            num_tiles,
-            grads_ptr,
-            avg_grad_ptr,
-            control_ptr,
-            BLOCK,
-            DTYPE,
-            AVERAGED,
-            REGULAR,
-        )
-        # Every program is resident (a cooperative launch), so all of them can wait for the last.
-        tl.debug_barrier()
-        tl.atomic_add(control_ptr + ARRIVED, 1, sem="acq_rel")
-        while tl.atomic_add(control_ptr + ARRIVED, 0, sem="acquire") < tl.num_programs(0):
-            pass
-        tl.debug_barrier()
-    skip = tl.atomic_add(control_ptr + NONFINITE, 0, sem="acquire")
-    if FOUND_INF:
-        skip += (tl.load(found_inf_ptr) != 0).to(tl.int64)
-    draw = draw.to(tl.int64) + tl.load(control_ptr + DRAWS)
-    inverse_scale = tl.full([], 1.0, DTYPE)
-    if SCALED:
-        inverse_scale = 1.0 / tl.load(grad_scale_ptr).to(DTYPE)
-    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        update_tile(
-            tile,
-            inverse_scale,
-            skip,
-            rows_ptr,
-            tile_tensor_ptr,
-            grads_ptr,
-            mean_ptr,
-            momentum_ptr,
-            hess_ptr,
-            avg_grad_ptr,
-            avg_curvature_ptr,
-            hyper_ptr,
-            beta1_power_ptr,
-            seed,
-            draw,
-            BLOCK,
-            DTYPE,
-            PRICE,
-            AVERAGED,
-            DEBIAS,
-            REGULAR,
-        )
-    tl.debug_barrier()
-    if tl.atomic_add(control_ptr + DONE, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-        # The last program out: nobody reads the counters any more.
-        if skip == 0:
-            tl.store(control_ptr + STEP, tl.load(control_ptr + STEP) + 1)
-            for group in range(num_groups):
-                beta1 = tl.load(hyper_ptr + group * HYPER_WIDTH + BETA1)
-                tl.store(beta1_power_ptr + group, tl.load(beta1_power_ptr + group) * beta1)
-        else:
-            tl.store(control_ptr + SKIPPED, tl.load(control_ptr + SKIPPED) + 1)
-        tl.store(control_ptr + DRAWS, tl.load(control_ptr + DRAWS) + draws)
-        tl.store(control_ptr + NONFINITE, 0)
-        tl.store(control_ptr + ARRIVED, 0)
-        tl.store(control_ptr + DONE, 0)
 
 
 def _triton_dtype(bucket: ParamBucket) -> tl.dtype:
@@ -276,7 +55,7 @@ def _launcher(kernel: Any, dtype: tl.dtype, resident: bool, **flags: bool) -> La
     """Return the launcher of a kernel for its compile-time choices.
 
     Args:
-        kernel: one of the above.
+        kernel: one of ``ivon_kernels.py``.
         dtype: of the state.
         resident: whether the whole grid must be on the GPU at once.
         flags: the kernel's other ``constexpr`` parameters.
@@ -326,7 +105,7 @@ def _launch_sample(
     if launch is None:
         rows, tile_tensor = bucket.tiles
         launcher = _launcher(
-            _ivon_sample_kernel, _triton_dtype(bucket), False,
+            ivon_sample_kernel, _triton_dtype(bucket), False,
             ADOPT=adopt, PERTURB=perturb, TRAIN=train, REGULAR=bucket.regular,
         )  # fmt: skip
         launch = launcher.bind(
@@ -359,7 +138,7 @@ def ivon_fold(
     dense = _dense(grads)
     table, aligned = bucket.grad_rows(dense, None)
     regular = bucket.regular and aligned
-    launcher = _launcher(_ivon_fold_kernel, _triton_dtype(bucket), False, PRICE=price, REGULAR=regular)
+    launcher = _launcher(ivon_fold_kernel, _triton_dtype(bucket), False, PRICE=price, REGULAR=regular)
     launcher(
         (tile_tensor.numel(),), rows, tile_tensor, table, bucket.hess, avg_grad, avg_curvature, bucket.hyper,
         bucket.control, _signed64(seed), draw, count,
@@ -382,7 +161,7 @@ def ivon_check(bucket: ParamBucket, grads: Sequence[Tensor | None] | None) -> No
     regular = bucket.regular and aligned
     num_tiles = tile_tensor.numel()
     avg_grad = bucket.averages()[0] if averaged else bucket.mean
-    _launcher(_ivon_check_kernel, _triton_dtype(bucket), False, AVERAGED=averaged, REGULAR=regular)(
+    _launcher(ivon_check_kernel, _triton_dtype(bucket), False, AVERAGED=averaged, REGULAR=regular)(
         (_resident_programs(bucket, num_tiles),),
         rows,
         tile_tensor,
@@ -439,7 +218,7 @@ def ivon_step(
     if launch is None or bound_to is not table or any(amp):
         regular = bucket.regular and aligned
         launcher = _launcher(
-            _ivon_step_kernel, _triton_dtype(bucket), bucket.device.type == "cuda", PRICE=price,
+            ivon_step_kernel, _triton_dtype(bucket), bucket.device.type == "cuda", PRICE=price,
             AVERAGED=averaged, DEBIAS=debias, CHECK=check, SCALED=amp[0], FOUND_INF=amp[1], REGULAR=regular,
         )  # fmt: skip
         launch = _bind_step(bucket, launcher, table, averaged, grad_scale, found_inf, (seed, draw, draws))

@@ -1,4 +1,4 @@
-"""Device functions of the IVON kernels in ``ivon.py``: addresses, mixed-dtype loads, one tile's update."""
+"""Device functions of the kernels in ``ivon_kernels.py``: addresses, mixed-dtype loads, one tile's update."""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""IVON in plain torch: the specification of the kernels in ``ivon.py``, and the path of CPUs.
+"""IVON in plain torch: the specification of the kernels behind ``ivon.py``, and the path of CPUs.
 
 Equations, paper and layout: see ``ivon.py``. Every function has the signature of the Triton function of
 the same name and does the same to a :class:`~bayeslora.kernels.param_bucket.ParamBucket`.
