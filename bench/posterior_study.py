@@ -40,6 +40,7 @@ from bayeslora import metrics, uncertainty
 from bayeslora.data import Question, load_questions, parse_question
 from bayeslora.finetune import load_model
 from bayeslora.posterior_sweeps import RANDOM, UNCERTAINTY, Sweep, pruned
+from bayeslora.scoring import METHODS
 
 RATIOS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 RANDOM_SEEDS = (0, 1, 2)
@@ -146,7 +147,8 @@ def finetuned(
 
 def predict_all(arguments: argparse.Namespace, predictions: Predictions, deadline: float) -> None:
     """Fine-tune or load, and predict until the time is up."""
-    settings = {n: getattr(arguments, n) for n in ("steps", "lr", "ess_per_row", "samples", "questions")}
+    names = ("steps", "lr", "ess_per_row", "samples", "questions", "scoring")
+    settings = {name: getattr(arguments, name) for name in names}
     held = predictions.made.get("settings", settings)
     if held != settings:
         raise SystemExit(f"{arguments.work} was made with other settings: {held}")
@@ -160,7 +162,10 @@ def predict_all(arguments: argparse.Namespace, predictions: Predictions, deadlin
         "test": load_questions(str(arguments.test), limit=arguments.questions),
         "foreign": foreign_questions(arguments.foreign, arguments.questions),
     }
-    packed = {name: study_model.questions(asked, tokenizer, cache) for name, asked in rows.items()}
+    packed = {
+        name: study_model.questions(asked, tokenizer, cache, arguments.scoring)
+        for name, asked in rows.items()
+    }
     sets = {which: study_model.Data(packed[which]) for which in ("test", "foreign")}
 
     def check() -> None:
@@ -318,6 +323,7 @@ def main() -> None:
     )
     parser.add_argument("--questions", type=int, default=1000, help="test and foreign questions, each")
     parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--scoring", choices=METHODS, default="mean_loglik")
     parser.add_argument("--part", choices=("all", "predict", "report"), default="all")
     arguments = parser.parse_args()
     deadline = time.perf_counter() + arguments.seconds

@@ -37,13 +37,15 @@ _FOREIGN = (
     ("ivon_auto", "pruned_samples"),
 )
 WHERE = ("task", "data", "lora", "objective", "scoring")
-_WAYS = {
-    ("choices", "mean_loglik"): "scores: log-likelihood a token",
-    ("choices", "letter"): "scores: the letter's log-probability",
-    ("choices", "loglik"): "scores: log-likelihood, summed",
-    ("text", "mean_loglik"): "scores: log-likelihood a token, trained on the right choice's text",
-    ("text", "letter"): "scores: the letter's log-probability, trained among all words",
-    ("text", "loglik"): "scores: log-likelihood, summed, trained on the right choice's text",
+SCORES = {
+    "mean_loglik": "log-likelihood a token",
+    "letter": "the letter's log-probability",
+    "loglik": "log-likelihood, summed",
+}
+_WAYS = {("choices", scoring): f"scores: {text}" for scoring, text in SCORES.items()} | {
+    ("text", "mean_loglik"): f"scores: {SCORES['mean_loglik']}, trained on the right choice's text",
+    ("text", "letter"): f"scores: {SCORES['letter']}, trained among all words",
+    ("text", "loglik"): f"scores: {SCORES['loglik']}, trained on the right choice's text",
 }
 _METRICS = (("accuracy", "accuracy", 100, 1, 1), ("ece", "ECE", 100, 1, -1), ("nll", "NLL", 1, 3, -1))
 

@@ -213,6 +213,7 @@ def study_table() -> str:
     note = (
         f"{result['test_questions']:,} test questions, {settings['steps']} steps of IVON, one seed; "
         f"{result['environment']['device']}"
+        + f"; scores: {readme_study.SCORES[settings.get('scoring', 'loglik')]}"
         + (f", before {result['measured_before']}" if "measured_before" in result else "")
         + f". Scores by entropy and by mutual information: {scores}. "
         "All of the sweeps, random pruning and the pictures: "

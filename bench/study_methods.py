@@ -104,8 +104,8 @@ def make_optimizer(params: list[nn.Parameter], job: dict[str, Any], rows: int) -
             seed=job["seed"],
         )
     if job["trainer"] == "ivon_auto":
-        step = {name: options[name] for name in ("step_ratio",) if name in options}
-        return IVON.like_adamw(params, lr=options["lr"], num_data=rows, seed=job["seed"], **step)
+        chosen = {name: options[name] for name in ("step_ratio", "snr") if name in options}
+        return IVON.like_adamw(params, lr=options["lr"], num_data=rows, seed=job["seed"], **chosen)
     on_gpu = DEVICE.type == "cuda"
     lr = torch.tensor(options["lr"], device=DEVICE) if on_gpu else options["lr"]
     decay = options.get("weight_decay", 0.0)
