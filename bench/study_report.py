@@ -57,7 +57,7 @@ for _kind, _name in (("ivon", "IVON"), ("ivon_auto", "IVON.like_adamw")):
         (_kind, f"pruned_scale_{s}"): f"{_name}, 10 samples, pruned 10%, variance x {s}" for s in SCALES
     }
 LABELS |= {
-    ("ivon_auto_wide", view): label.replace("like_adamw", "like_adamw(snr=0.5)")
+    ("ivon_auto_wide", view): label.replace("like_adamw", "like_adamw, steps and width searched")
     for (method, view), label in LABELS.items()
     if method == "ivon_auto"
 }
