@@ -1,5 +1,7 @@
 """The benchmark of training steps: its statistics, and that it times nothing it has not checked."""
 
+import gc
+
 import pytest
 import torch
 from scipy.stats import binom
@@ -36,6 +38,19 @@ def test_rounds_end_when_there_are_enough():
     assert len(contestant.seconds) == 5
     step_benchmark.time_rounds([contestant], 0.0, fewest=2)
     assert len(contestant.seconds) == 7
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_no_garbage_is_collected_while_rounds_are_timed(enabled):
+    seen = []
+    was_enabled = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        step_benchmark.time_rounds([Contestant("a", lambda: seen.append(gc.isenabled()))], 0.0, fewest=2)
+        assert seen and not any(seen)
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if was_enabled else gc.disable)()
 
 
 @pytest.mark.parametrize(("mode", "names"), [("eager", EAGER), ("captured", CAPTURED)])

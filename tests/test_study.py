@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
     config = json.loads((BENCH / "study_config.json").read_text())
     config |= {"num_samples": 2, "validation": 8, "batch_size": 4, "steps": {"default": 4}}
     config["methods"]["adamw"]["grid"] = {"lr": [1e-4, 1e-2]}
-    for name in ("ivon", "weight_decay", "dropout"):
+    for name in ("ivon", "ivon_auto_wide", "weight_decay", "dropout"):
         config["methods"][name]["grid"] = {k: v[:1] for k, v in config["methods"][name]["grid"].items()}
     for stage in config["stages"]:
         stage |= {"tasks": ["openbookqa"], "seeds": 2 if stage["name"] == "claims" else 1}
@@ -109,6 +109,27 @@ def test_every_method_runs_and_a_second_call_adds_only_what_is_missing(folder, s
     assert "measures IVON against AdamW" in readme.expectations(folder / "none.json", tables.table)
     assert (folder / "out" / "openbookqa-openbookqa-qv-choices-mean_loglik.png").stat().st_size > 0
     assert "0 minutes" in study("--plan", "--stages", "claims", "--seeds", "1", "--methods", "adamw")
+
+
+def test_a_run_without_memory_is_put_back(study, monkeypatch, folder, tmp_path):
+    worker, methods = map(importlib.import_module, ("study_worker", "study_methods"))
+    train, calls = methods.train, []
+
+    def first_fails(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return train(*arguments)
+
+    monkeypatch.setattr(methods, "train", first_fails)
+    monkeypatch.setattr(worker, "_RETRY", 0.0)
+    out = str(tmp_path / "out")
+    text = study(
+        "--out", out, "--stages", "timing", "--methods", "adamw", "--cache", str(folder / "out/cache")
+    )
+    assert "openbookqa adamw: CUDA out of memory.; put back" in text
+    assert len(calls) == 2
+    assert len((tmp_path / "out" / "rows.jsonl").read_text().splitlines()) == 1
 
 
 def test_a_model_and_questions_are_prepared_by_one_process_for_all(folder, tmp_path):
