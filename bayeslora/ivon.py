@@ -9,31 +9,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bayeslora._backend import ivon_kernels, untraced
-from bayeslora.ivon_distributed import (
-    agree_on_nonfinite,
-    average_over_ranks,
-    check_engine,
-    check_not_replaced,
-    draws_own_noise,
-    whole,
-)
+from bayeslora._backend import untraced
+from bayeslora.ivon_checks import check_group, check_saved_state, check_settings
+from bayeslora.ivon_distributed import average_over_ranks, check_engine, check_not_replaced, draws_own_noise
 from bayeslora.ivon_prior import GaussianPrior
+from bayeslora.ivon_samples import EVAL_DRAWS, Noise, StepSamples
 from bayeslora.ivon_setup import is_watched, like_adamw, watch
-from bayeslora.ivon_state import STATE_KEYS, BucketStore, check_group, check_saved_state, dense_grads
+from bayeslora.ivon_state import STATE_KEYS, BucketStore
 from bayeslora.kernels.param_bucket import ParamBucket, state_dtype
+from bayeslora.posterior_gaussian import GaussianParameter, learned_gaussians
 
 if TYPE_CHECKING:
-    from bayeslora.posterior import GaussianParameter, Posterior
+    from bayeslora.posterior import Posterior
 
-_EVAL_DRAWS = 1 << 31  # draws from here on belong to evaluation; training draws count from 1
 _PICKLED = (
     "mc_samples",
     "hess_approx",
@@ -43,31 +37,9 @@ _PICKLED = (
     "skip_nonfinite",
     "_seed",
     "_eval_draws",
-    "_held",
-    "_pending",
-    "_samples",
-    "_folded",
-    "_folded_active",
     "_from_context",
     "_prior",
 )
-
-
-@dataclass(frozen=True)
-class _Noise:
-    """Names one posterior sample.
-
-    Args:
-        seed: key of the noise.
-        draw: index of the sample; of a training sample, its number within the step, counted from 1.
-        variance_scale: factor on the variance.
-        train: whether it is a training sample.
-    """
-
-    seed: int
-    draw: int
-    variance_scale: float = 1.0
-    train: bool = False
 
 
 class IVON(torch.optim.Optimizer):
@@ -159,12 +131,7 @@ class IVON(torch.optim.Optimizer):
         skip_nonfinite: bool = True,
         prior: Posterior | None = None,
     ) -> None:
-        if not (isinstance(mc_samples, int) and mc_samples >= 1):
-            raise ValueError(f"mc_samples must be an integer >= 1, got {mc_samples!r}")
-        if hess_approx not in ("price", "gradsq"):
-            raise ValueError(f"hess_approx must be 'price' or 'gradsq', got {hess_approx!r}")
-        if not -(1 << 63) <= seed < 1 << 64:
-            raise ValueError(f"seed must fit 64 bits, got {seed!r}")
+        check_settings(mc_samples, hess_approx, seed)
         self.mc_samples = mc_samples
         self.hess_approx = hess_approx
         self.sync = draws_own_noise(sync)
@@ -249,18 +216,10 @@ class IVON(torch.optim.Optimizer):
         )
 
     def _reset_samples(self) -> None:
-        self._held: _Noise | None = None  # the sample in the parameters; None: the mean
-        self._forget_samples()
         self._from_context = False  # the pending sample came from sampled_params, not train()
         self._wrapping_closure = False
         self._store = BucketStore(self, self._check_params)
-
-    def _forget_samples(self) -> None:
-        self._pending: _Noise | None = None  # the training sample that p.grad belongs to
-        self._samples = 0  # training samples drawn in this step
-        self._folded = 0  # how many of them are finished and in the running means
-        self._folded_active: set[int] = set()  # streams that had a gradient in one of those
-        self._folded_in: list[ParamBucket] | None = None  # the buckets that hold those means
+        self._samples = StepSamples(self._store)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; its tensors' noise streams follow those of the groups before it.
@@ -272,26 +231,24 @@ class IVON(torch.optim.Optimizer):
             ValueError: a hyperparameter is out of range, or a sample is in the parameters.
             TypeError: a parameter is not a floating-point tensor.
         """
-        if self._held is not None:
+        if self._samples.held is not None:
             raise ValueError("add_param_group() while a sample is in the parameters; call opt.eval() first")
         check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        for p in self.param_groups[-1]["params"]:
-            if not p.is_floating_point():
-                self.param_groups.pop()
-                raise TypeError(f"params must be floating-point tensors, got one of dtype {p.dtype}")
         try:
-            check_engine(self.param_groups[-1]["params"], self.sync)
-        except ValueError:
+            self._check_added(self.param_groups[-1])
+        except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-        if self._prior is not None:
-            try:
-                self._prior.cover(self.param_groups[-1])
-            except ValueError:
-                self.param_groups.pop()
-                raise
         self._given.update(map(id, self.param_groups[-1]["params"]))
+
+    def _check_added(self, group: dict[str, Any]) -> None:
+        for p in group["params"]:
+            if not p.is_floating_point():
+                raise TypeError(f"params must be floating-point tensors, got one of dtype {p.dtype}")
+        check_engine(group["params"], self.sync)
+        if self._prior is not None:
+            self._prior.cover(group)
 
     def _check_params(self, params: list[Tensor]) -> None:
         check_not_replaced(params, self._given)
@@ -328,12 +285,12 @@ class IVON(torch.optim.Optimizer):
         if self._wrapping_closure:  # step(closure) has drawn this sample already
             yield
             return
-        if self._held is not None:
+        if self._samples.held is not None:
             raise RuntimeError(
                 "sampled_params(train=True) while a sample is in the parameters; "
                 "use either the context manager or opt.train(), one sample at a time"
             )
-        if self._pending is not None:
+        if self._samples.pending is not None:
             self._fold()
         self._draw()
         self._from_context = True
@@ -341,7 +298,7 @@ class IVON(torch.optim.Optimizer):
             yield
         except BaseException:
             self._show(None)
-            self._forget_samples()
+            self._samples.forget()
             raise
         self._show(None)
 
@@ -350,11 +307,11 @@ class IVON(torch.optim.Optimizer):
         if not 0.0 <= variance_scale < math.inf:
             raise ValueError(f"variance_scale must be finite and >= 0, got {variance_scale!r}")
         if seed is None:
-            noise = _Noise(self._seed, _EVAL_DRAWS + self._eval_draws, variance_scale)
+            noise = Noise(self._seed, EVAL_DRAWS + self._eval_draws, variance_scale)
             self._eval_draws += 1
         else:
-            noise = _Noise(seed, 0, variance_scale)
-        before = self._held
+            noise = Noise(seed, 0, variance_scale)
+        before = self._samples.held
         self._show(noise)
         try:
             yield
@@ -363,13 +320,13 @@ class IVON(torch.optim.Optimizer):
 
     def train(self) -> None:
         """Put this step's training sample into the parameters (the same one until ``step()``)."""
-        if self._held is not None:
+        if self._samples.held is not None:
             return
-        if self._pending is None:
+        if self._samples.pending is None:
             self._draw()
             self._from_context = False
         else:
-            self._show(self._pending)
+            self._show(self._samples.pending)
 
     def eval(self) -> None:
         """Put the mean into the parameters. A later ``train()`` goes on with the same sample."""
@@ -377,63 +334,16 @@ class IVON(torch.optim.Optimizer):
 
     @untraced
     def _draw(self) -> None:
-        if self._folded:
-            self._check_folded(self._store.current())
         rank = dist.get_rank() if self.sync and dist.is_initialized() else 0
-        noise = _Noise(self._seed + rank, self._samples + 1, train=True)
-        self._show(noise)
-        self._pending = noise
-        self._samples += 1
+        self._samples.draw(self._seed + rank, self.rescale_lr)
 
     @untraced
-    def _show(self, noise: _Noise | None) -> None:
-        """Make the parameters hold the named sample, or the mean."""
-        if noise == self._held:
-            return
-        # Once a sample is in the parameters, only a short check is needed before it is replaced.
-        buckets = self._store.current() if self._held is None else self._store.within_step()
-        for bucket in buckets:
-            kernels = ivon_kernels(bucket.device)
-            if noise is None:
-                kernels.ivon_restore(bucket)
-            else:
-                self._store.set_hyper(bucket, noise.variance_scale, self.rescale_lr)
-                adopt = self._held is None
-                kernels.ivon_sample(bucket, seed=noise.seed, draw=noise.draw, train=noise.train, adopt=adopt)
-        self._store.reshard()
-        self._held = noise
+    def _show(self, noise: Noise | None) -> None:
+        self._samples.show(noise, self.rescale_lr)
 
     @untraced
     def _fold(self) -> None:
-        """Move the pending sample's gradient from ``p.grad`` into the running means over samples."""
-        assert self._pending is not None
-        buckets = self._store.within_step()
-        self._check_folded(buckets)
-        self._folded += 1
-        self._folded_in = buckets
-        for bucket in buckets:
-            grads = dense_grads(bucket)
-            self._store.set_hyper(bucket, 1.0, self.rescale_lr)
-            ivon_kernels(bucket.device).ivon_fold(
-                bucket,
-                grads,
-                seed=self._pending.seed,
-                draw=self._pending.draw,
-                count=self._folded,
-                price=self.hess_approx == "price",
-            )
-            self._folded_active.update(s for s, g in zip(bucket.streams, grads, strict=True) if g is not None)
-            for p in bucket.owners:
-                p.grad = None
-        self._pending = None
-
-    def _check_folded(self, buckets: list[ParamBucket]) -> None:
-        if self._folded and buckets is not self._folded_in:
-            self._forget_samples()  # their running means went with the old buckets
-            raise RuntimeError(
-                "a parameter was moved, cast, frozen or added between the Monte Carlo samples of one step; "
-                "do that after opt.step()"
-            )
+        self._samples.fold(self.hess_approx == "price", self.rescale_lr)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients; those of a finished ``sampled_params(train=True)`` are kept for ``step()``.
@@ -441,7 +351,7 @@ class IVON(torch.optim.Optimizer):
         As with ``ivon-opt``, a gradient taken in a context that has ended belongs to its Monte Carlo
         sample, and clearing ``p.grad`` does not take it away.
         """
-        if self._pending is not None and self._held is None and self._from_context:
+        if self._samples.pending is not None and self._samples.held is None and self._from_context:
             self._fold()
         super().zero_grad(set_to_none)
 
@@ -466,7 +376,7 @@ class IVON(torch.optim.Optimizer):
 
     @untraced
     def _finish_step(self) -> None:
-        if self._pending is None and self._folded == 0:
+        if self._samples.pending is None and self._samples.folded == 0:
             if not self.state and all(float(group["lr"]) == 0.0 for group in self.param_groups):
                 self._store.current()  # torch.distributed.checkpoint asks for the state by such a step
                 return
@@ -478,24 +388,31 @@ class IVON(torch.optim.Optimizer):
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         buckets = self._store.within_step()
-        self._check_folded(buckets)
+        self._samples.check_folded(buckets)
         watched = is_watched(self.param_groups[0])
         averaged = self._average_samples(buckets, found_inf is not None and grad_scale is None, watched)
+        price = self.hess_approx == "price"
         if watched:
-            watch(self, buckets, self._folded_active, grad_scale)
+            watch(self, buckets, self._samples.active, grad_scale)
         if self._prior is not None:
-            self._prior.add(buckets, self.param_groups, grad_scale, self.hess_approx == "price")
-        self._update(buckets, averaged, grad_scale, found_inf)
-        self._store.reshard()
-        self._held = None
-        self._forget_samples()
+            self._prior.add(buckets, self.param_groups, grad_scale, price)
+        self._samples.update(
+            buckets,
+            averaged=averaged,
+            price=price,
+            debias=self.debias,
+            rescale_lr=self.rescale_lr,
+            skip_nonfinite=self.skip_nonfinite,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+        )
         if not any(bucket.recording for bucket in buckets):
             self.count_step()
 
     def _run_closure(self, closure: Callable[[], Any]) -> Any:
         losses = []
         for _ in range(self.mc_samples):
-            drawn = self._held is not None  # by opt.train()
+            drawn = self._samples.held is not None  # by opt.train()
             with nullcontext() if drawn else self.sampled_params(train=True), torch.enable_grad():
                 self._wrapping_closure = True
                 try:
@@ -508,55 +425,21 @@ class IVON(torch.optim.Optimizer):
     def _average_samples(self, buckets: list[ParamBucket], unscaled: bool, watched: bool) -> bool:
         """Bring several samples, or ranks, or a watched one into the running means; return whether it did."""
         ranks = self.sync and dist.is_initialized()
-        if self._folded == 0 and not ranks and not watched and self._prior is None:
+        if self._samples.folded == 0 and not ranks and not watched and self._prior is None:
             return False
-        if unscaled and (self._folded or ranks):
+        if unscaled and (self._samples.folded or ranks):
             raise RuntimeError(
                 "GradScaler.unscale_() reaches only the last of several Monte Carlo samples; leave it out "
                 "(scaler.step(opt) unscales them all), or take one sample a step"
             )
-        if self._pending is not None:
+        if self._samples.pending is not None:
             self._fold()
         if ranks:
             average_over_ranks(buckets, first=not self._own_gradients_checked)
             self._own_gradients_checked = True
             # Every rank updates the same tensors, whichever of them had a gradient on it.
-            self._folded_active = {stream for bucket in buckets for stream in bucket.streams}
+            self._samples.active = {stream for bucket in buckets for stream in bucket.streams}
         return True
-
-    def _update(
-        self,
-        buckets: list[ParamBucket],
-        averaged: bool,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> None:
-        grads = [None if averaged else dense_grads(bucket) for bucket in buckets]
-        check = self.skip_nonfinite and found_inf is None
-        together = check and (len(buckets) > 1 or bool(self._store.shard_groups))
-        if together:
-            for bucket, bucket_grads in zip(buckets, grads, strict=True):
-                ivon_kernels(bucket.device).ivon_check(bucket, bucket_grads)
-            agree_on_nonfinite(buckets, self._store.shard_groups)
-        noise = self._pending or _Noise(0, 0)
-        for bucket, bucket_grads in zip(buckets, grads, strict=True):
-            self._store.set_hyper(bucket, 1.0, self.rescale_lr)
-            active = None
-            if bucket_grads is None:
-                active = [stream in self._folded_active for stream in bucket.streams]
-            ivon_kernels(bucket.device).ivon_step(
-                bucket,
-                bucket_grads,
-                active,
-                seed=noise.seed,
-                draw=noise.draw,
-                draws=self._samples,
-                price=self.hess_approx == "price",
-                debias=self.debias,
-                check=check and not together,
-                grad_scale=None if grad_scale is None else grad_scale.to(bucket.device),
-                found_inf=None if found_inf is None else found_inf.to(bucket.device),
-            )
 
     # ---- CUDA graphs (see capture.py) ------------------------------------------------------------
 
@@ -566,7 +449,7 @@ class IVON(torch.optim.Optimizer):
         Returns:
             The buckets: another list than before if a recorded step's memory is no longer in use.
         """
-        buckets = self._store.current() if self._held is None else self._store.within_step()
+        buckets = self._store.current() if self._samples.held is None else self._store.within_step()
         for bucket in buckets:
             self._store.set_hyper(bucket, 1.0, self.rescale_lr)
         return buckets
@@ -595,7 +478,7 @@ class IVON(torch.optim.Optimizer):
         tables = [bucket.finish_capture() for bucket in self._store.within_step()]
         if not recorded:
             self._show(None)
-            self._forget_samples()
+            self._samples.forget()
         return tables
 
     @property
@@ -609,32 +492,10 @@ class IVON(torch.optim.Optimizer):
 
         Parameters that were trained and are frozen now count; those of groups that are not perturbed do not.
         """
-        from bayeslora.posterior import GaussianParameter
-
         self.eval()
         self._store.current()  # starts the state of parameters that have none
         self._store.reshard()
-        stream = -1
-        for group in self.param_groups:
-            for p in group["params"]:
-                stream += 1
-                state = self.state.get(p)
-                if not state or not group.get("perturb", True):
-                    continue
-                # Gathered first: not every version of torch compares DTensors.
-                mean, now = whole(state["mean"]), whole(p.detach())
-                changed = mean.to(p.dtype) != now
-                yield (
-                    p,
-                    GaussianParameter(
-                        parameter=p,
-                        mean=torch.where(changed, now.to(mean.dtype), mean),
-                        hess=whole(state["hess"].clone()),
-                        stream=stream,
-                        ess=float(group["ess"]),
-                        weight_decay=float(group["weight_decay"]),
-                    ),
-                )
+        return learned_gaussians(self.param_groups, self.state)
 
     def posterior(self, model: nn.Module) -> Posterior:
         """Return the posterior that this optimizer has learned; same as ``Posterior.from_optimizer``."""
@@ -680,13 +541,14 @@ class IVON(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._write_counters()
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in _PICKLED}}
+        kept = {name: getattr(self, name) for name in _PICKLED}
+        return {**super().__getstate__(), **kept, "_samples": self._samples.unfolded()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._wrapping_closure = False
         self._store = BucketStore(self, self._check_params)
+        # Absent where torch's load_state_dict comes here, with the groups and their state alone.
+        self._samples = StepSamples(self._store, *state.get("_samples", ()))
         self._given = {id(p) for group in self.param_groups for p in group["params"]}
         self._own_gradients_checked = False
-        if self._folded:  # the running means stayed behind
-            self._forget_samples()

@@ -202,7 +202,7 @@ def watch(opt: IVON, buckets: Sequence[ParamBucket], active: set[int], grad_scal
     scale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
     table = _device_sums(groups, buckets, active, opt._store.shard_groups).tolist()
     sums = [_Sums(n, g * scale**2, c * scale, d * scale, v * scale**2) for n, g, c, d, v in table]
-    head, samples = groups[0], max(opt._samples, 1)
+    head, samples = groups[0], max(opt._samples.drawn, 1)
     total = _Sums(*map(sum, zip(*_perturbed(groups, sums), strict=True)))
     if not all(map(math.isfinite, total)) or total.grad_sq <= 0.0:
         return  # the step is skipped, or there was nothing to see

@@ -21,33 +21,13 @@ from torch import Tensor, nn
 from bayeslora._backend import ivon_kernels
 from bayeslora.ivon_distributed import fsdp_modules, is_sharded, part_like, reshard, shard_of
 from bayeslora.kernels.param_bucket import HYPER_WIDTH, ParamBucket, state_dtype
+from bayeslora.posterior_gaussian import GaussianParameter, prune_gaussians
 from bayeslora.posterior_lifecycle import PosteriorLifecycle
 from bayeslora.posterior_predict import check_scale, check_seeds, generate, predict
 from bayeslora.posterior_sweeps import Predictions, Sweep, prune_sweep, variance_sweep
 
 if TYPE_CHECKING:
     from bayeslora.ivon import IVON
-
-
-@dataclass
-class GaussianParameter:
-    """One tensor of the posterior.
-
-    Args:
-        parameter: the model's tensor, of any floating dtype and device; a DTensor where it is sharded.
-        mean: m, in the parameter's shape (gathered from all shards), fp32 (fp64 for fp64 parameters).
-        hess: h, as ``mean``; infinite where the element is pruned (its variance is then zero).
-        stream: index of the tensor's noise stream.
-        ess: λ of its parameter group.
-        weight_decay: δ of its parameter group.
-    """
-
-    parameter: Tensor
-    mean: Tensor
-    hess: Tensor
-    stream: int
-    ess: float
-    weight_decay: float
 
 
 @dataclass
@@ -367,7 +347,7 @@ class Posterior(PosteriorLifecycle):
     @property
     def variance(self) -> dict[str, Tensor]:
         """The variance σ² = 1 / (λ (h + δ)) of each parameter, by name; 0 where it is pruned."""
-        return {name: 1.0 / (g.ess * (g.hess + g.weight_decay)) for name, g in self.parameters.items()}
+        return {name: g.variance for name, g in self.parameters.items()}
 
     def prune(self, ratio: float) -> int:
         """Zero the elements with the largest variance, per weight matrix, in the mean and every sample.
@@ -390,25 +370,9 @@ class Posterior(PosteriorLifecycle):
         """
         return self._prune(ratio)
 
-    @torch.no_grad()
     def _prune(self, ratio: float, order: torch.Generator | None = None) -> int:
         """Prune by variance, or in the random order of a generator; see :meth:`prune`."""
-        if not 0.0 <= ratio < 1.0:
-            raise ValueError(f"ratio must be in [0, 1), got {ratio!r}")
-        total = 0
-        for g in self.parameters.values():
-            hess = g.hess.view(-1)
-            if g.hess.dim() >= 2:
-                # Within a tensor the variance falls with h; what is pruned already (h = inf) ranks first.
-                rank = hess if order is None else torch.rand(hess.shape, generator=order).to(hess.device)
-                rank = torch.where(torch.isinf(hess), -math.inf, rank)
-                chosen = torch.argsort(rank, stable=True)[: math.floor(ratio * hess.numel())]
-                hess[chosen] = math.inf
-                pruned = torch.isinf(g.hess)
-                g.mean.masked_fill_(pruned, 0.0)
-                local = shard_of(g.parameter).local
-                local.masked_fill_(part_like(g.parameter, pruned).to(local.device), 0.0)
-            total += int(torch.isinf(hess).sum())
+        total = prune_gaussians(self.parameters.values(), ratio, order)
         self.pruned.append(ratio)
         self._buckets = None
         return total

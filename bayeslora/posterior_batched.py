@@ -33,7 +33,8 @@ from .lora_linear import LoraWeights, compute_dtype
 from .lora_products import cast
 
 if TYPE_CHECKING:
-    from .posterior import GaussianParameter, Posterior
+    from .posterior import Posterior
+    from .posterior_gaussian import GaussianParameter
 
 SLOT = "_posterior_samples"
 """Name in a layer's ``__dict__`` of its `LayerSamples`, there while a context is open."""

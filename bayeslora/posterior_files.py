@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from bayeslora.ivon_distributed import is_sharded, whole
 from bayeslora.kernels.param_bucket import state_dtype
-from bayeslora.posterior import GaussianParameter, Posterior
+from bayeslora.posterior import Posterior
+from bayeslora.posterior_gaussian import GaussianParameter
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .kernels.param_bucket import state_dtype
+from .posterior_gaussian import GaussianParameter
 
 if TYPE_CHECKING:
     from .posterior import Posterior
@@ -20,7 +21,7 @@ class PosteriorLifecycle:
     """The part of :class:`~bayeslora.Posterior` that turns it into something else."""
 
     model: nn.Module
-    parameters: dict[str, Any]
+    parameters: dict[str, GaussianParameter]
 
     def merge(
         self: Any, seed: int | None = None, *, variance_scale: float = 1.0, copy_model: bool = True
@@ -181,8 +182,6 @@ class PosteriorLifecycle:
 
 
 def _product(cls: Any, posteriors: list[Any], weights: Sequence[float] | None) -> Posterior:
-    from .posterior import GaussianParameter
-
     if not posteriors:
         raise ValueError("posteriors is empty: pass at least one")
     if not all(p.parameters for p in posteriors):

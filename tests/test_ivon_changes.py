@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-import bayeslora.ivon
+import bayeslora.ivon_samples
 from bayeslora import IVON
 from bayeslora.kernels import ivon as kernels
 from bayeslora.kernels import ivon_twin
@@ -41,7 +41,7 @@ class Run:
                     p.grad = grad
 
     def step(self, number, monkeypatch, after_grads=lambda run: None):
-        monkeypatch.setattr(bayeslora.ivon, "ivon_kernels", lambda _: self.module)
+        monkeypatch.setattr(bayeslora.ivon_samples, "ivon_kernels", lambda _: self.module)
         self.opt.train()
         samples = [p.detach().cpu().clone() for p in self.params]
         self.set_grads(number)
@@ -159,7 +159,7 @@ def _python_calls(count, monkeypatch):
     opt = IVON(params, lr=0.1, ess=10.0)
     for p in params:
         p.grad = torch.zeros_like(p)
-    monkeypatch.setattr(bayeslora.ivon, "ivon_kernels", lambda _: kernels)
+    monkeypatch.setattr(bayeslora.ivon_samples, "ivon_kernels", lambda _: kernels)
     monkeypatch.setattr(Launcher, "__call__", lambda *_: None)
     monkeypatch.setattr(Launcher, "bind", lambda *_: lambda: None)
     calls = []
