@@ -2,6 +2,11 @@
 
 Papers: Shen et al., "Variational learning is effective for large deep networks" (ICML 2024); Cong et al.,
 "Variational low-rank adaptation using IVON" (2024); "Improving LoRA with variational learning" (2025).
+
+Here are the public class and the two protocols of training with it. Beside it lie the samples of a step
+(``ivon_samples.py``), the state (``ivon_state.py``), the checks of arguments (``ivon_checks.py``), the
+choice of hyperparameters (``ivon_setup.py``), an earlier task's posterior as the prior (``ivon_prior.py``)
+and several processes (``ivon_distributed.py``).
 """
 
 from __future__ import annotations

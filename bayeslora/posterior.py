@@ -3,12 +3,16 @@
 θ ~ N(m, diag(σ²)), σ² = 1 / (λ (h + δ)), with mean m, Hessian h, effective sample size λ and prior
 precision δ from IVON. A sample is named by its seed: the same seed gives the same weights on every device.
 
+Here is the public class; how it is done lies beside it: the Gaussians in ``posterior_gaussian.py``, samples
+in ``posterior_sampling.py``, prediction and generation in ``posterior_predict.py`` (all samples in one pass:
+``posterior_batched.py``), sweeps, files and merging in ``posterior_sweeps.py``, ``posterior_files.py`` and
+``posterior_lifecycle.py``.
+
 Paper: Cong et al., "Improving LoRA with variational learning" (2025), for pruning and test-time scaling.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,12 +22,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from bayeslora._backend import ivon_kernels
-from bayeslora.ivon_distributed import fsdp_modules, is_sharded, part_like, reshard, shard_of
-from bayeslora.kernels.param_bucket import HYPER_WIDTH, ParamBucket, state_dtype
 from bayeslora.posterior_gaussian import GaussianParameter, prune_gaussians
 from bayeslora.posterior_lifecycle import PosteriorLifecycle
 from bayeslora.posterior_predict import check_scale, check_seeds, generate, predict
+from bayeslora.posterior_sampling import SampleWriter
 from bayeslora.posterior_sweeps import Predictions, Sweep, prune_sweep, variance_sweep
 
 if TYPE_CHECKING:
@@ -48,10 +50,8 @@ class Posterior(PosteriorLifecycle):
     pruned: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._buckets: list[ParamBucket] | None = None
-        self._bucket_key: list[Any] = []
-        self._fsdp_modules: list[nn.Module] = []
-        self._stds: dict[int, tuple[Any, Tensor]] = {}
+        self._writer = SampleWriter()
+        self._stds: dict[int, tuple[Any, Tensor]] = {}  # of posterior_batched.py
 
     # ---- where it comes from ---------------------------------------------------------------------
 
@@ -167,64 +167,8 @@ class Posterior(PosteriorLifecycle):
             ...     logits = posterior.model(tokens).logits
         """
         variance_scale = check_scale(variance_scale, ess_scale)
-        buckets = self._current_buckets()
-        tensors = [p for bucket in buckets for p in bucket.params]
-        before = [p.detach().clone() for p in tensors]
-        try:
-            self._write_sample(buckets, seed, variance_scale)
-            reshard(self._fsdp_modules)
+        with self._writer.sample(list(self.parameters.values()), seed, variance_scale):
             yield
-        finally:
-            with torch.no_grad():
-                for p, value in zip(tensors, before, strict=True):
-                    p.copy_(value)
-            reshard(self._fsdp_modules)
-
-    def _write_sample(self, buckets: Sequence[ParamBucket], seed: int, variance_scale: float) -> None:
-        groups = self._hyper_groups()
-        table = [[0.0, 0.0, 0.0, decay, ess, math.inf, variance_scale] for ess, decay in groups]
-        for bucket in buckets:
-            bucket.set_hyper([row + [0.0] * (HYPER_WIDTH - len(row)) for row in table])
-            ivon_kernels(bucket.device).ivon_sample(bucket, seed=seed, draw=0, adopt=False)
-
-    def _hyper_groups(self) -> list[tuple[float, float]]:
-        """Return the distinct (ess, weight_decay) pairs, in a fixed order."""
-        return list(dict.fromkeys((g.ess, g.weight_decay) for g in self.parameters.values()))
-
-    def _current_buckets(self) -> list[ParamBucket]:
-        """Return the buckets of the kernels, made anew if a parameter was moved or cast."""
-        key = [
-            (g.parameter.data_ptr(), g.parameter.dtype, g.parameter.device) for g in self.parameters.values()
-        ]
-        if self._buckets is None or key != self._bucket_key:
-            self._buckets, self._bucket_key = self._make_buckets(), key
-            sharded = [g.parameter for g in self.parameters.values() if is_sharded(g.parameter)]
-            self._fsdp_modules = fsdp_modules(sharded) if sharded else []
-        return self._buckets
-
-    def _make_buckets(self) -> list[ParamBucket]:
-        groups = self._hyper_groups()
-        members: dict[tuple[torch.device, torch.dtype], list[GaussianParameter]] = {}
-        for g in self.parameters.values():
-            p = g.parameter
-            members.setdefault((p.device, state_dtype(p.dtype)), []).append(g)
-        buckets = []
-        for gaussians in members.values():
-            shards = [shard_of(g.parameter) for g in gaussians]
-            bucket = ParamBucket(
-                [shard.local for shard in shards],
-                [g.stream for g in gaussians],
-                [groups.index((g.ess, g.weight_decay)) for g in gaussians],
-                [shard.offset for shard in shards],
-                with_momentum=False,
-                num_groups=len(groups),
-            )
-            bucket.hess.fill_(1.0)
-            for i, g in enumerate(gaussians):
-                bucket.view(bucket.mean, i).copy_(part_like(g.parameter, g.mean))
-                bucket.view(bucket.hess, i).copy_(part_like(g.parameter, g.hess))
-            buckets.append(bucket)
-        return buckets
 
     def predict(
         self,
@@ -374,7 +318,7 @@ class Posterior(PosteriorLifecycle):
         """Prune by variance, or in the random order of a generator; see :meth:`prune`."""
         total = prune_gaussians(self.parameters.values(), ratio, order)
         self.pruned.append(ratio)
-        self._buckets = None
+        self._writer.forget()
         return total
 
     def prune_sweep(

@@ -133,7 +133,7 @@ def pruned(posterior: Posterior, ratio: float, random_seed: int | None = None) -
                 g.mean.copy_(mean)
                 g.hess.copy_(hess)
         posterior.pruned[:] = history
-        posterior._buckets = None
+        posterior._writer.forget()
 
 
 def prune_sweep(
