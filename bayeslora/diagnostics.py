@@ -150,6 +150,7 @@ def loss_gap(
         ``ivon/loss_at_mean``, ``ivon/loss_at_sample`` and ``ivon/loss_gap``, their difference.
 
     Raises:
+        TypeError: the optimizer is not IVON.
         ValueError: ``seeds`` is empty.
     """
     if not seeds:
@@ -179,7 +180,11 @@ def plot(
         path: image file to write; its suffix picks the format.
         title: line above the panels.
 
+    Returns:
+        The matplotlib figure, not attached to any display.
+
     Raises:
+        ModuleNotFoundError: matplotlib is not installed (``pip install "bayeslora[demo]"``).
         ValueError: no entry comes from :func:`diagnose`.
     """
     rows = [row for row in history if "ivon/variance_mean" in row]

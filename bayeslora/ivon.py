@@ -86,13 +86,13 @@ class IVON(torch.optim.Optimizer):
             ``beta1``, ``beta2``, ``weight_decay`` and ``clip_radius``, and ``perturb``: with False (for a
             classification head, say) its parameters are trained at their mean with the Hessian fixed at
             ``hess_init``, and the posterior leaves them out.
-        lr: learning rate, >= 0.
+        lr: learning rate, >= 0; of a scalar tensor each step reads the value anew.
         ess: effective sample size λ > 0, usually the number of training examples; larger is closer to
             a point estimate.
         hess_init: initial value h0 > 0 of the Hessian.
         beta1: momentum of the gradient, in [0, 1].
         beta2: momentum of the Hessian, in [0, 1].
-        weight_decay: prior precision δ >= 0 divided by λ.
+        weight_decay: δ >= 0; the prior is N(0, 1 / (λ δ)).
         mc_samples: Monte Carlo samples that ``step(closure)`` takes, >= 1.
         hess_approx: ``"price"`` (reparameterised) or ``"gradsq"`` (squared gradients).
         clip_radius: largest preconditioned update of an element, > 0.
@@ -110,8 +110,9 @@ class IVON(torch.optim.Optimizer):
             Takes 24 bytes a parameter more. It is not part of ``state_dict()``: pass it again to resume.
 
     Raises:
-        ValueError: a hyperparameter is out of range, or the parameters belong to DeepSpeed or FSDP1.
-        TypeError: a parameter is not a floating-point tensor.
+        ValueError: an argument is out of range, the parameters belong to DeepSpeed or FSDP1, or ``prior`` is
+            pruned or lacks a trained parameter.
+        TypeError: a parameter is not a floating-point tensor, or ``prior`` is not an IVON posterior.
     """
 
     _step_supports_amp_scaling = True  # torch.amp.GradScaler hands grad_scale and found_inf to step()
@@ -202,8 +203,12 @@ class IVON(torch.optim.Optimizer):
                 ``seed``, ``skip_nonfinite``.
 
         Raises:
-            ValueError: an argument is out of range or chosen here (``ess``), or all parameters are zero.
-            TypeError: a parameter is not a floating-point tensor.
+            ValueError: an argument is out of range; all parameters are zero; or ``settings`` holds what is
+                chosen here (``ess``, ``hess_init``, ``clip_radius``, ``rescale_lr``), a ``prior``, or
+                ``hess_approx="gradsq"``, which gives no curvature to choose from.
+            TypeError: a parameter is not a floating-point tensor, or :class:`IVON` has no such setting.
+
+        Papers: it takes the place of the searches in Cong et al. (2024) and its successor (2025).
         """
         return like_adamw(
             cls,
@@ -233,7 +238,8 @@ class IVON(torch.optim.Optimizer):
             param_group: ``{"params": [...]}`` and any hyperparameter that differs from the default.
 
         Raises:
-            ValueError: a hyperparameter is out of range, or a sample is in the parameters.
+            ValueError: a hyperparameter is out of range, a sample is in the parameters, or they are refused
+                as by :class:`IVON`; the optimizer is then as it was.
             TypeError: a parameter is not a floating-point tensor.
         """
         if self._samples.held is not None:
@@ -275,8 +281,10 @@ class IVON(torch.optim.Optimizer):
             variance_scale: factor on the variance of an evaluation sample, >= 0.
 
         Raises:
-            ValueError: ``seed`` or ``variance_scale`` with ``train=True``, or ``variance_scale`` negative.
-            RuntimeError: a training sample is already in the parameters.
+            ValueError: ``seed`` or ``variance_scale`` with ``train=True``, or ``variance_scale`` is negative
+                or not finite.
+            RuntimeError: with ``train=True``, a sample is in the parameters already, or a parameter was
+                moved, cast, frozen or added since an earlier sample of this step.
         """
         if not train:
             with self._evaluation_sample(seed, variance_scale):
@@ -324,7 +332,13 @@ class IVON(torch.optim.Optimizer):
             self._show(before)
 
     def train(self) -> None:
-        """Put this step's training sample into the parameters (the same one until ``step()``)."""
+        """Put this step's training sample into the parameters (the same one until ``step()``).
+
+        Where a sample is in the parameters already, this does nothing.
+
+        Raises:
+            RuntimeError: a parameter was moved, cast, frozen or added since an earlier sample of this step.
+        """
         if self._samples.held is not None:
             return
         if self._samples.pending is None:
@@ -355,6 +369,9 @@ class IVON(torch.optim.Optimizer):
 
         As with ``ivon-opt``, a gradient taken in a context that has ended belongs to its Monte Carlo
         sample, and clearing ``p.grad`` does not take it away.
+
+        Args:
+            set_to_none: as for every torch optimizer: set ``p.grad`` to None instead of zeros.
         """
         if self._samples.pending is not None and self._samples.held is None and self._from_context:
             self._fold()
@@ -370,10 +387,13 @@ class IVON(torch.optim.Optimizer):
                 each time with a new sample in the parameters (whether or not it draws one itself).
 
         Returns:
-            The mean loss of the closure's calls, or None.
+            The mean loss of the closure's calls; None without a closure, or where it returns None.
 
         Raises:
-            RuntimeError: no sample was drawn since the last step, so the gradients were not taken at one.
+            RuntimeError: no sample was drawn since the last step, so the gradients were not taken at one; a
+                gradient is sparse; a parameter was moved, cast, frozen or added between two samples of the
+                step; ``GradScaler.unscale_`` has seen only the last of several samples; or, with
+                ``sync="independent"``, the ranks' gradients were averaged before.
         """
         loss = None if closure is None else self._run_closure(closure)
         self._finish_step()
@@ -503,7 +523,14 @@ class IVON(torch.optim.Optimizer):
         return learned_gaussians(self.param_groups, self.state)
 
     def posterior(self, model: nn.Module) -> Posterior:
-        """Return the posterior that this optimizer has learned; same as ``Posterior.from_optimizer``."""
+        """Return the posterior that this optimizer has learned; same as :meth:`Posterior.from_optimizer`.
+
+        Args:
+            model: the model that the optimizer trains. Its parameters are left at the mean.
+
+        Raises:
+            ValueError: a trained parameter of the optimizer is not one of the model's.
+        """
         from bayeslora.posterior import Posterior
 
         return Posterior.from_optimizer(model, self)

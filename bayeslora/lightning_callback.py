@@ -17,11 +17,11 @@ class LightningCallback(Callback):
 
     As in::
 
-        trainer = Trainer(callbacks=[bayeslora.LightningCallback()])
+        trainer = lightning.pytorch.Trainer(callbacks=[bayeslora.LightningCallback()])
 
     Lightning hands the optimizer a closure only for the last micro-batch of ``accumulate_grad_batches``.
     This draws the step's sample before the first, so that all gradients are taken at one sample, and puts
-    the mean back before validation, testing, and after an exception.
+    the mean back before validation and testing, at the end of training, and after an exception.
     """
 
     def on_train_batch_start(self, trainer: Any, *_: Any) -> None:

@@ -165,6 +165,9 @@ def chrf(
         order: longest character n-gram.
         beta: weight of recall over precision.
 
+    Raises:
+        ModuleNotFoundError: sacrebleu is not installed.
+
     >>> chrf(["a cat sat"], ["a cat sat", "dogs"]).shape
     torch.Size([1, 2])
     """

@@ -2,10 +2,11 @@
 
 Everything takes ``probs`` of shape ``(N, C)`` (rows that sum to one; a class a question does not have
 holds zero) and ``labels`` of shape ``(N,)`` (the index of the right class), and returns fractions in
-[0, 1] or nats, never percent.
+[0, 1] or nats, never percent. They may lie on any device, in any floating dtype and any integer dtype.
+A ``ValueError`` says which of the two does not fit, and how.
 
 torchmetrics computes accuracy and calibration error and matplotlib draws; both come with
-``pip install "bayeslora[demo]"`` and are imported on first use.
+``pip install "bayeslora[demo]"`` and are imported on first use (``ModuleNotFoundError`` without them).
 """
 
 from __future__ import annotations
@@ -39,7 +40,15 @@ _INK, _BAR, _GAP, _GUIDE = "#1f2933", "#3b7dd8", "#e4572e", "#7b8794"
 
 
 def accuracy(probs: Tensor, labels: Tensor) -> float:
-    """Return the share of rows whose most probable class is the label, in [0, 1]."""
+    """Return the share of rows whose most probable class is the label, in [0, 1].
+
+    Args:
+        probs: ``(N, C)`` class probabilities.
+        labels: ``(N,)`` right classes.
+
+    Raises:
+        ValueError: ``probs`` are no probabilities, or ``labels`` do not fit them.
+    """
     probs, labels = _checked(probs, labels)
     classification = _require("torchmetrics.functional.classification")
     return float(
@@ -56,7 +65,10 @@ def ece(probs: Tensor, labels: Tensor, num_bins: int = 15) -> float:
     Args:
         probs: ``(N, C)`` class probabilities.
         labels: ``(N,)`` right classes.
-        num_bins: bins that split [0, 1].
+        num_bins: bins that split [0, 1], >= 1.
+
+    Raises:
+        ValueError: ``probs`` are no probabilities, ``labels`` do not fit them, or ``num_bins`` is not >= 1.
     """
     probs, labels = _checked(probs, labels)
     _check_bins(num_bins)
@@ -77,6 +89,13 @@ def nll(probs: Tensor, labels: Tensor) -> float:
 
     A label given probability zero counts as the smallest normal number of the dtype, so that one
     impossible row does not turn the mean into infinity.
+
+    Args:
+        probs: ``(N, C)`` class probabilities.
+        labels: ``(N,)`` right classes.
+
+    Raises:
+        ValueError: ``probs`` are no probabilities, or ``labels`` do not fit them.
     """
     probs, labels = _checked(probs, labels)
     chosen = probs.gather(1, labels[:, None]).squeeze(1)
@@ -86,7 +105,15 @@ def nll(probs: Tensor, labels: Tensor) -> float:
 def brier(probs: Tensor, labels: Tensor) -> float:
     """Return the Brier score over all classes, ``mean Σ_c (p_c - [c = label])²``, in [0, 2].
 
-    This is Brier's own definition; for two classes it is twice the score of the positive class alone.
+    This is Brier's own definition ("Verification of forecasts expressed in terms of probability", 1950);
+    for two classes it is twice the score of the positive class alone.
+
+    Args:
+        probs: ``(N, C)`` class probabilities.
+        labels: ``(N,)`` right classes.
+
+    Raises:
+        ValueError: ``probs`` are no probabilities, or ``labels`` do not fit them.
     """
     probs, labels = _checked(probs, labels)
     target = torch.nn.functional.one_hot(labels, probs.shape[1]).to(probs.dtype)
@@ -94,7 +121,16 @@ def brier(probs: Tensor, labels: Tensor) -> float:
 
 
 def summary(probs: Tensor, labels: Tensor, num_bins: int = 15) -> dict[str, float]:
-    """Return ``{"accuracy", "ece", "nll", "brier"}`` of one set of predictions."""
+    """Return ``{"accuracy", "ece", "nll", "brier"}`` of one set of predictions.
+
+    Args:
+        probs: ``(N, C)`` class probabilities.
+        labels: ``(N,)`` right classes.
+        num_bins: of :func:`ece`.
+
+    Raises:
+        ValueError: as :func:`ece`.
+    """
     return {
         "accuracy": accuracy(probs, labels),
         "ece": ece(probs, labels, num_bins),
@@ -108,10 +144,10 @@ class ReliabilityBins:
     """Predictions grouped by the top class's probability.
 
     Attributes:
-        edges: ``(B + 1,)`` bin edges, from 0 to 1.
-        confidence: ``(B,)`` mean top probability; NaN for an empty bin.
-        accuracy: ``(B,)`` share that was right; NaN for an empty bin.
-        count: ``(B,)`` rows in the bin.
+        edges: ``(B + 1,)`` fp64, bin edges from 0 to 1.
+        confidence: ``(B,)`` fp64, mean top probability; NaN for an empty bin.
+        accuracy: ``(B,)`` fp64, share that was right; NaN for an empty bin.
+        count: ``(B,)`` int64, rows in the bin.
     """
 
     edges: Tensor
@@ -127,7 +163,16 @@ class ReliabilityBins:
 
 
 def reliability_bins(probs: Tensor, labels: Tensor, num_bins: int = 15) -> ReliabilityBins:
-    """Group predictions into ``num_bins`` equal bins ``[low, high)`` of confidence; the last holds 1 too."""
+    """Group predictions into ``num_bins`` equal bins ``[low, high)`` of confidence; the last holds 1 too.
+
+    Args:
+        probs: ``(N, C)`` class probabilities.
+        labels: ``(N,)`` right classes.
+        num_bins: B >= 1.
+
+    Raises:
+        ValueError: as :func:`ece`.
+    """
     probs, labels = _checked(probs, labels)
     _check_bins(num_bins)
     confidence, predicted = probs.double().max(dim=1)
@@ -163,6 +208,9 @@ def reliability_diagram(
 
     Returns:
         The matplotlib figure, not attached to any display.
+
+    Raises:
+        ValueError: ``predictions`` is empty, or as :func:`ece`.
     """
     if not predictions:
         raise ValueError("predictions is empty: pass at least one {name: (probs, labels)}")

@@ -209,21 +209,24 @@ def monteclora_loss(model: nn.Module, adapter_name: str | None = None) -> Tensor
     """Return MonteCLoRA's variational loss, to be added to the task's.
 
     The mean over layers of ``η (KL_gauss + KL_wishart + KL_dir) + Σ π²`` (the last where ``use_entropy``), at
-    the noise of the last forward; closed forms in fp64 over all layers at once. It has a graph of its own:
-    both losses can be differentiated together or one after the other. Under gradient accumulation divide
-    it as the task's loss; where a trainer gives the model ``num_items_in_batch``, it is already weighted
-    by the micro-batch's share of the tokens, so that a step's micro-batches count it once together.
+    the noise of the last forward; closed forms over all layers at once, computed in fp64. It has a graph of
+    its own: both losses can be differentiated together or one after the other. Under gradient accumulation
+    divide it as the task's loss; where a trainer gives the model ``num_items_in_batch``, it is already
+    weighted by the micro-batch's share of the tokens, so that a step's micro-batches count it once together.
 
     Args:
         model: a patched model with MonteCLoRA layers.
         adapter_name: the adapter; None for the active ones.
 
     Returns:
-        An fp32 scalar tensor; zero in eval mode, in mode "mean", and with ``add_loss=True`` (where the
-        model's own loss has it).
+        An fp32 scalar tensor (fp64 for fp64 adapters); zero in eval mode, in mode "mean", and with
+        ``add_loss=True`` (where the model's own loss has it).
 
     Raises:
         ValueError: the model has no such layers.
+
+    Paper: Sengupta et al., "Robust and efficient fine-tuning of LLMs with Bayesian reparameterization of
+    low-rank adaptation" (TMLR 2025).
     """
     total, *others = (_bank_loss(bank) for bank in _chosen_banks(model, adapter_name))
     for loss in others:

@@ -211,6 +211,7 @@ class Posterior(PosteriorLifecycle):
 
         Raises:
             ValueError: ``num_samples``, ``seeds``, a scale or ``max_batch`` is out of range.
+            TypeError: a seed is not an integer, or the model returns no logits.
 
         Example:
             >>> posterior.predict({"input_ids": tokens}, num_samples=4, batched=True).shape
@@ -260,7 +261,7 @@ class Posterior(PosteriorLifecycle):
 
         Raises:
             ValueError: an argument is out of range, or one that belongs to a single sample is given.
-            TypeError: the model has no ``generate``.
+            TypeError: the model has no ``generate``, or a seed is not an integer.
 
         Example:
             >>> ids = posterior.generate(tokens, num_samples=3, num_return_sequences=2, do_sample=True,
@@ -285,12 +286,12 @@ class Posterior(PosteriorLifecycle):
 
     @property
     def mean(self) -> dict[str, Tensor]:
-        """The mean m of each parameter, by name."""
+        """The mean m of each parameter, by name, in its shape and fp32 (fp64 for fp64 parameters)."""
         return {name: g.mean for name, g in self.parameters.items()}
 
     @property
     def variance(self) -> dict[str, Tensor]:
-        """The variance σ² = 1 / (λ (h + δ)) of each parameter, by name; 0 where it is pruned."""
+        """The variance σ² = 1 / (λ (h + δ)) of each parameter, as :attr:`mean`; 0 where it is pruned."""
         return {name: g.variance for name, g in self.parameters.items()}
 
     def prune(self, ratio: float) -> int:
@@ -345,7 +346,7 @@ class Posterior(PosteriorLifecycle):
             A :class:`~bayeslora.posterior_sweeps.Sweep` with ``rows``, ``table()`` and ``plot(path)``.
 
         Raises:
-            ValueError: a ratio is out of range.
+            ValueError: a ratio is out of range, or ``ratios`` or ``data`` is empty.
             TypeError: the posterior is MonteCLoRA's or sharded.
 
         Example:
@@ -370,8 +371,11 @@ class Posterior(PosteriorLifecycle):
             scales: factors on the variance, >= 0 (1 / ``ess_scale``).
             num_samples: posterior samples averaged, >= 1.
 
+        Returns:
+            A :class:`~bayeslora.posterior_sweeps.Sweep` with ``rows``, ``table()`` and ``plot(path)``.
+
         Raises:
-            ValueError: a scale or ``num_samples`` is out of range.
+            ValueError: a scale or ``num_samples`` is out of range, or ``scales`` or ``data`` is empty.
 
         Example:
             >>> print(posterior.variance_sweep(questions, [0.0, 1.0], num_samples=2).table())

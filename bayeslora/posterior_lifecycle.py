@@ -130,6 +130,9 @@ class PosteriorLifecycle:
             repo_id: ``"user/name"``, made if it does not exist.
             settings: ``private`` and ``token``; the rest goes to ``huggingface_hub.HfApi.upload_folder``.
 
+        Returns:
+            What ``upload_folder`` returns: the commit, with its ``commit_url``.
+
         Raises:
             TypeError: the model is not a PEFT model.
 
@@ -165,6 +168,9 @@ class PosteriorLifecycle:
         Args:
             posteriors: at least one, with the same parameters up to the adapter's name and the model.
             weights: one number > 0 a posterior.
+
+        Returns:
+            The merged posterior, of the first one's model; its ``ess`` is Σ w_i λ_i, its ``weight_decay`` 0.
 
         Raises:
             TypeError: one of them is MonteCLoRA's.

@@ -39,7 +39,8 @@ class PosteriorCallback(TrainerCallback):
 
         trainer = Trainer(..., optimizers=(opt, None), callbacks=[bayeslora.PosteriorCallback()])
         trainer.train()
-        posterior = bayeslora.Posterior.from_pretrained(model, trainer.state.best_model_checkpoint)
+        best = trainer.state.best_model_checkpoint  # with args.load_best_model_at_end
+        posterior = bayeslora.Posterior.from_pretrained(model, best)
 
     A checkpoint folder is then also a posterior's folder: plain PEFT loads the mean from it,
     :meth:`Posterior.from_pretrained` the Gaussian. With ``save_only_model=True`` as well, where Trainer

@@ -13,7 +13,8 @@ Papers: Depeweg et al., "Decomposition of uncertainty in Bayesian deep learning"
 Gales, "Uncertainty estimation in autoregressive structured prediction" (ICLR 2021); Geifman and El-Yaniv,
 "Selective classification for deep neural networks" (NeurIPS 2017), for risk and coverage.
 
-torchmetrics computes the AUROC and matplotlib draws: ``pip install "bayeslora[demo]"``.
+torchmetrics computes the AUROC and matplotlib draws: ``pip install "bayeslora[demo]"``
+(``ModuleNotFoundError`` without them).
 """
 
 from __future__ import annotations
@@ -98,6 +99,9 @@ class RiskCoverage:
 
 def decompose(probs: Tensor) -> Uncertainty:
     """Split the predictive entropy of S samples' probabilities ``(S, ..., C)``.
+
+    Returns:
+        Scores ``(...)`` in nats, fp32 (fp64 for fp64 ``probs``).
 
     Raises:
         ValueError: ``probs`` is not floating, has fewer than two dimensions, or its rows are no
@@ -192,6 +196,9 @@ def ood_auroc(in_scores: Tensor, out_scores: Tensor) -> float:
         in_scores: ``(N,)``, of inputs like those trained on.
         out_scores: ``(M,)``, of foreign ones.
 
+    Raises:
+        ValueError: a shape does not fit, or a value is not finite.
+
     >>> ood_auroc(torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.25, 5.0]))
     0.833...
     """
@@ -215,6 +222,9 @@ def risk_coverage_plot(
         curves: ``{name: (scores (N,), errors (N,))}``, as for `risk_coverage`.
         title: line above.
         path: image file to write; its suffix picks the format.
+
+    Raises:
+        ValueError: ``curves`` is empty, or as `risk_coverage`.
 
     >>> risk_coverage_plot({"entropy": (torch.rand(9), torch.ones(9))}).axes[0].get_xlabel()
     'coverage (share of the inputs answered)'
@@ -244,6 +254,9 @@ def ood_plot(
         scores: ``{name: (in_scores (N,), out_scores (M,))}``, as for `ood_auroc`.
         title: line above.
         path: image file to write; its suffix picks the format.
+
+    Raises:
+        ValueError: ``scores`` is empty, or as `ood_auroc`.
 
     >>> ood_plot({"entropy": (torch.rand(9), torch.rand(9))}).axes[0].get_ylabel()
     'foreign inputs found'
