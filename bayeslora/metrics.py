@@ -170,6 +170,9 @@ def reliability_bins(probs: Tensor, labels: Tensor, num_bins: int = 15) -> Relia
         labels: ``(N,)`` right classes.
         num_bins: B >= 1.
 
+    Returns:
+        The bins, from which :attr:`ReliabilityBins.ece` follows.
+
     Raises:
         ValueError: as :func:`ece`.
     """

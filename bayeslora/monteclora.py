@@ -6,7 +6,7 @@ checkpoints are PEFT's, both ways. What PEFT's samplers buffer is dropped, and `
 noise is a function of counters here, drawn for all layers in two launches, and refilling a buffer from it
 would give the same numbers.
 
-Paper: Sengupta et al., "Robust and efficient fine-tuning of LLMs with Bayesian reparameterization of
+Paper: Seth et al., "Robust and efficient fine-tuning of LLMs with Bayesian reparameterization of
 low-rank adaptation" (TMLR 2025).
 """
 
@@ -225,7 +225,7 @@ def monteclora_loss(model: nn.Module, adapter_name: str | None = None) -> Tensor
     Raises:
         ValueError: the model has no such layers.
 
-    Paper: Sengupta et al., "Robust and efficient fine-tuning of LLMs with Bayesian reparameterization of
+    Paper: Seth et al., "Robust and efficient fine-tuning of LLMs with Bayesian reparameterization of
     low-rank adaptation" (TMLR 2025).
     """
     total, *others = (_bank_loss(bank) for bank in _chosen_banks(model, adapter_name))

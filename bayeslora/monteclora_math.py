@@ -11,7 +11,7 @@ For each perturbed matrix (a *site*) of an adapter with rank r and N components,
 
 Everything is fp64: there are rows + N numbers a site, and α spans hundreds of orders of magnitude.
 
-Paper: Sengupta et al., "Robust and efficient fine-tuning of LLMs with Bayesian reparameterization of
+Paper: Seth et al., "Robust and efficient fine-tuning of LLMs with Bayesian reparameterization of
 low-rank adaptation" (TMLR 2025). The names and floors are those of PEFT's implementation.
 """
 

@@ -107,6 +107,9 @@ class Posterior(PosteriorLifecycle):
     ) -> Posterior:
         """Load an adapter and its posterior from a folder made by :meth:`save_pretrained`.
 
+        The base may be on another device, in another dtype or quantized: mean and Hessian are kept in fp32
+        where the adapter's parameters are.
+
         Args:
             model: a PEFT model whose active adapter takes the mean, or a base model, which gets the
                 folder's adapter (then use ``posterior.model``).
@@ -115,8 +118,8 @@ class Posterior(PosteriorLifecycle):
                 active afterwards; None for the active one ("default" on a base model). So several adapters
                 with a posterior each live in one model; each predicts while its adapter is active.
 
-        The base may be on another device, in another dtype or quantized: mean and Hessian are kept in fp32
-        where the adapter's parameters are.
+        Returns:
+            The posterior; ``posterior.model`` is the PEFT model.
 
         Raises:
             FileNotFoundError: the folder or one of its files is missing.

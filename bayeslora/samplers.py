@@ -81,7 +81,20 @@ def gamma(concentration: Tensor, *, seed: int, draw: int = 0, stream: int = 0) -
 
 
 def chi_square(df: Tensor, *, seed: int, draw: int = 0, stream: int = 0) -> Tensor:
-    """Return one χ²(df) variate an element: ``2 Gamma(df / 2)``. Arguments and errors as `gamma`."""
+    """Return one χ²(df) variate an element, ``2 Gamma(df / 2)``, differentiable in ``df``.
+
+    Args:
+        df: degrees of freedom > 0, any shape and floating dtype.
+        seed: 64-bit key of the noise.
+        draw: index of the sample.
+        stream: index of the tensor.
+
+    Returns:
+        The variates in ``df``'s shape, fp64.
+
+    Raises:
+        ValueError: a ``df`` is not positive and finite.
+    """
     _check_positive("df", df)
     return 2.0 * torch.exp(_log_gamma(df / 2.0, seed, draw, stream))
 

@@ -223,6 +223,9 @@ def risk_coverage_plot(
         title: line above.
         path: image file to write; its suffix picks the format.
 
+    Returns:
+        The matplotlib figure, not attached to any display.
+
     Raises:
         ValueError: ``curves`` is empty, or as `risk_coverage`.
 
@@ -254,6 +257,9 @@ def ood_plot(
         scores: ``{name: (in_scores (N,), out_scores (M,))}``, as for `ood_auroc`.
         title: line above.
         path: image file to write; its suffix picks the format.
+
+    Returns:
+        The matplotlib figure, not attached to any display.
 
     Raises:
         ValueError: ``scores`` is empty, or as `ood_auroc`.

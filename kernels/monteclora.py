@@ -19,7 +19,7 @@ in fp64 and in logarithms, since Gamma(0.05) underflows fp32. At most 32 attempt
 fails with probability below 0.05; what remains, less than 1e-41 of the draws and so less than the 2^-32
 grain of u itself, takes v = 1.
 
-Papers: Sengupta et al., "Robust and efficient fine-tuning of LLMs with Bayesian reparameterization of
+Papers: Seth et al., "Robust and efficient fine-tuning of LLMs with Bayesian reparameterization of
 low-rank adaptation" (TMLR 2025); Marsaglia and Tsang, "A simple method for generating gamma variables"
 (2000). Layout: ``monteclora_plan.py``. Bytes: perturbing reads and writes each element once; its
 gradient reads it once; noise is never stored. ``monteclora_twin.py`` states the same in plain torch.
