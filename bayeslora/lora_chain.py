@@ -31,17 +31,18 @@ def chain_serves(x: Tensor, call: LoraCall) -> bool:
 
     Under autocast only where that is the dtype of x and W.
     """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return False  # eager training, where this question costs too
     if call.dropout_p != 0.0 or not (torch.compiler.is_compiling() or _serves_eager(x)):
         return False
-    autocast = torch.is_autocast_enabled(x.device.type)
-    if autocast and not torch.get_autocast_dtype(x.device.type) == x.dtype == call.weight.dtype:
+    if not call.dtype == x.dtype == call.weight.dtype:  # autocast's is another
         return False
     rows = x.numel() // max(x.shape[-1], 1)
     return rows < lora_products._KERNEL_ROWS and rows * call.weight.numel() <= _MULTIPLICATIONS
 
 
 def _serves_eager(x: Tensor) -> bool:
-    if torch.is_grad_enabled() or x.device.type not in _EAGER_DEVICES or type(x) is not Tensor:
+    if x.device.type not in _EAGER_DEVICES or type(x) is not Tensor:
         return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from .lora_linear import apply_layers
-from .lora_passes import LoraWeights
+from .lora_passes import Layer
 
 _logger = logging.getLogger("bayeslora")
 
@@ -51,6 +51,7 @@ _SAME_INPUT = (
 
 _CROSS_ATTENTION = re.compile(r"cross|enc_?dec|encoder_attn|encoder_attention|attn2", re.IGNORECASE)
 
+_thread = threading.get_ident
 _top_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
@@ -65,11 +66,14 @@ class LoraCall(NamedTuple):
     """Whether ``weight`` is stored as ``(K, N)``."""
     scaling: float
     dropout_p: float
+    dtype: torch.dtype
+    """The one the call is computed in: autocast's, or x's."""
 
-    def tensors(self) -> LoraWeights:
+    def tensors(self) -> Layer:
         """Return the tensors as `apply_layers` takes them."""
-        weight = self.weight.t() if self.transposed else self.weight
-        return LoraWeights(weight, self.bias, self.lora_a, self.lora_b)
+        if self.transposed:
+            return self.weight.t(), self.bias, self.lora_a, self.lora_b
+        return self[:4]
 
     def versions(self) -> tuple[int, ...]:
         """Return the versions of the tensors, which every change in place increments."""
@@ -78,7 +82,13 @@ class LoraCall(NamedTuple):
 
     def is_same(self, other: "LoraCall") -> bool:
         """Tell whether ``other`` has the same tensors, by identity, and the same numbers."""
-        return all(a is b for a, b in zip(self[:4], other[:4], strict=True)) and self[4:] == other[4:]
+        return (
+            self.weight is other.weight
+            and self.bias is other.bias
+            and self.lora_a is other.lora_a
+            and self.lora_b is other.lora_b
+            and self[4:] == other[4:]
+        )
 
     def is_beside(self, x: Tensor) -> bool:
         """Tell whether the tensors are where ``x`` is."""
@@ -118,7 +128,7 @@ class LoraGroup:
         """Start a call of the parent: its forward-pre hook."""
         if not torch.compiler.is_compiling():
             self._parked = None
-            self._scope = (threading.get_ident(), _top_saved_tensors_hooks(True))
+            self._scope = (_thread(), _top_saved_tensors_hooks(True))
 
     def close(self, parent: nn.Module, _args: Any, output: Any) -> None:
         """End a call of the parent: its forward hook, also called (without output) on an exception."""
@@ -150,10 +160,15 @@ class LoraGroup:
         Returns:
             The output; None where there is nothing to share, and the layer computes it by itself.
         """
-        context = self._context(x)
         member = self._members[index]
-        if context is None or member is None or member() is not layer:
+        if self._scope is None or member is None or member() is not layer:
             return None
+        if self._scope != (_thread(), _top_saved_tensors_hooks(True)):
+            return None
+        if type(x) is not Tensor or x.is_inference():  # inference tensors have no version
+            return None
+        stream = torch._C._cuda_getCurrentRawStream(x.get_device()) if x.is_cuda else 0
+        context = x._version, torch.is_grad_enabled(), stream
         parked = self._parked
         if parked is not None and parked.x is x and parked.context == context:
             ahead = parked.outputs.pop(index, None)
@@ -170,18 +185,6 @@ class LoraGroup:
             return None
         return self._compute(index, x, context, calls)
 
-    def _context(self, x: Tensor) -> tuple[Any, ...] | None:
-        """Return what else a parked output depends on, or None where nothing may be shared."""
-        scope = self._scope
-        if scope is None or scope != (threading.get_ident(), _top_saved_tensors_hooks(True)):
-            return None
-        if type(x) is not Tensor or x.is_inference():  # inference tensors have no version
-            return None
-        device_type = x.device.type
-        autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-        stream = torch._C._cuda_getCurrentRawStream(x.device.index) if x.is_cuda else 0
-        return x._version, torch.is_grad_enabled(), autocast, stream
-
     def _others(self, index: int) -> Iterator[tuple[int, nn.Module]]:
         for i, member in enumerate(self._members):
             layer = None if i == index or member is None else member()
@@ -191,7 +194,8 @@ class LoraGroup:
     def _compute(self, index: int, x: Tensor, context: tuple[Any, ...], calls: dict[int, LoraCall]) -> Tensor:
         order = sorted(calls)  # the same bits whichever layer is called first
         call = calls[index]
-        results = apply_layers(x, [calls[i].tensors() for i in order], call.scaling, call.dropout_p)
+        layers = [calls[i].tensors() for i in order]
+        results = apply_layers(x, layers, call.scaling, call.dropout_p, None, call.dtype)
         outputs = {i: (calls[i], calls[i].versions(), y) for i, y in zip(order, results, strict=True)}
         own = outputs.pop(index)[2]
         self._parked = _Parked(x, context, outputs)

@@ -19,13 +19,14 @@ own dtypes, accumulated in fp32. Under ``torch.compile`` the same arithmetic is 
 """
 
 from collections.abc import Sequence
+from functools import cache
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .lora_passes import Forward, LoraWeights, Needs, Saved, backward, forward
-from .lora_products import cast
+from .lora_passes import Layer, LoraWeights, Needs, Saved, all_gradients, backward, forward
 
 if TYPE_CHECKING:
     from .kernels.lora_perturbed_twin import Perturbation
@@ -33,67 +34,87 @@ if TYPE_CHECKING:
 _SEED_RANGE = 2**63 - 1
 
 
+@cache
+def _all_needed(n: int) -> tuple[bool, ...]:
+    """Return ``needs_input_grad`` of a call of n layers all of whose gradients are wanted."""
+    return (True, *(False,) * 5, *(True,) * (2 * n))
+
+
 def _needed(
-    result: Forward, layers: Sequence[LoraWeights], seed: Tensor | None, needs: Needs
+    flat: Tensor,
+    hidden: Tensor,
+    seed: Tensor | None,
+    lora_a: Tensor,
+    lora_bs: Sequence[Tensor],
+    layers: Sequence[Layer],
+    needs: Needs,
 ) -> list[Tensor | None]:
     """Return what backward reads where not every gradient is wanted, and what autograd is to watch."""
     needs_a = True in needs.a
     nothing = [None] * len(layers)
+    weights, _, lora_as, originals = zip(*layers, strict=True)
     return [
-        result.flat if needs_a else None,
-        result.hidden if True in needs.b else None,
+        flat if needs_a else None,
+        hidden if True in needs.b else None,
         seed,
-        result.lora_a if needs.x else None,
-        *(result.lora_bs if needs.x or needs_a else nothing),
-        *([layer.weight for layer in layers] if needs.x else nothing),
-        *([layer.lora_a for layer in layers] if needs.x else nothing),
-        *([layer.lora_b for layer in layers] if needs.x or needs_a else nothing),
+        lora_a if needs.x else None,
+        *(lora_bs if needs.x or needs_a else nothing),
+        *(weights if needs.x else nothing),
+        *(lora_as if needs.x else nothing),
+        *(originals if needs.x or needs_a else nothing),
     ]
 
 
 class LoRALinearFunction(torch.autograd.Function):
-    """`apply_layers` with gradients; ``dtype`` is the one everything is computed in."""
+    """`apply_layers` with gradients; ``dtype`` is the one everything is computed in.
+
+    Autograd looks at the tensors that it is given one by one, so of the layers' it is given A and B alone.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any,
         x: Tensor,
+        layers: Sequence[Layer],
         scaling: float,
         dropout_p: float,
         seed: Tensor | None,
         dtype: torch.dtype,
-        *tensors: Tensor,
+        *adapters: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Compute the outputs and keep what backward needs; ``tensors`` are the layers', in a row."""
-        layers = [LoraWeights(*tensors[i : i + 4]) for i in range(0, len(tensors), 4)]
-        result = forward(x, layers, scaling, dropout_p, seed, dtype)
+        """Compute the outputs and keep what backward needs; ``adapters`` are the layers' A and B in turn."""
+        outputs, flat, hidden, lora_a, lora_bs = forward(x, layers, scaling, dropout_p, seed, dtype)
         wanted = ctx.needs_input_grad
-        needs = Needs(wanted[0], wanted[7::4], wanted[8::4])
-        if False in needs.a or False in needs.b or not needs.x:
-            saved = _needed(result, layers, seed, needs)
-        else:
-            saved = [result.flat, result.hidden, seed, result.lora_a, *result.lora_bs, *tensors[0::4]]
-            if result.lora_a is not layers[0].lora_a or len(layers) > 1:
+        needs = None  # all of them
+        if seed is None and wanted == _all_needed(len(layers)):
+            weights = [layer[0] for layer in layers]
+            saved = [flat, hidden, None, lora_a, *lora_bs, *weights]
+            if lora_a is not adapters[0]:
                 # Only for autograd to see them change in place: what backward reads may be a copy.
-                saved += [*tensors[2::4], *tensors[3::4]]
+                saved += adapters
+        else:
+            needs = Needs(wanted[0], wanted[6::2], wanted[7::2])
+            saved = _needed(flat, hidden, seed, lora_a, lora_bs, layers, needs)
         ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
-        ctx.needs, ctx.scaling, ctx.dropout_p = needs, scaling, dropout_p
-        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
-        ctx.adapter_dtypes = [(layer.lora_a.dtype, layer.lora_b.dtype) for layer in layers]
-        return result.outputs
+        dtypes = [(lora_a.dtype, lora_b.dtype) for _, _, lora_a, lora_b in layers]
+        ctx.settings = needs, dtypes, scaling, dropout_p, x.shape, x.dtype
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Return the gradients of x and of every A and B, each only where it is needed."""
-        if all(dy is None for dy in dys):
-            return (None,) * (5 + 4 * len(dys))
+        given = [dy for dy in dys if dy is not None]
+        if not given:
+            return (None,) * (6 + 2 * len(dys))
+        if not (torch.is_grad_enabled() or torch._C._is_any_autocast_enabled()):
+            return _gradients(ctx, dys, given)
+        # Every dtype was settled in forward; grad mode is on under create_graph=True.
+        with torch.no_grad(), torch.autocast(given[0].device.type, enabled=False):
+            gradients = _gradients(ctx, dys, given)
         if not torch.is_grad_enabled():
-            return _without_autocast(ctx, dys)
-        with torch.no_grad():  # create_graph=True
-            gradients = _without_autocast(ctx, dys)
-        source = next(dy for dy in dys if dy is not None).new_empty(0).requires_grad_()
-        return _DifferentiableOnce.apply(source, *gradients)
+            return gradients
+        return _DifferentiableOnce.apply(given[0].new_empty(0).requires_grad_(), *gradients)
 
 
 # `Function.apply` without its care for functorch, whose transforms `patch` leaves to PEFT: a tenth of the
@@ -120,26 +141,27 @@ class _DifferentiableOnce(torch.autograd.Function):
         )
 
 
-def _without_autocast(ctx: Any, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """Run backward with autocast off: every dtype was settled in forward."""
-    device_type = next(dy for dy in dys if dy is not None).device.type
-    if torch.is_autocast_enabled(device_type):
-        with torch.autocast(device_type, enabled=False):
-            return _gradients(ctx, dys)
-    return _gradients(ctx, dys)
-
-
-def _gradients(ctx: Any, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, dys: Sequence[Tensor | None], given: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """Return `LoRALinearFunction.backward`'s result; ``given`` are those of ``dys`` that are not None."""
     n = len(dys)
+    needs, adapter_dtypes, scaling, dropout_p, x_shape, x_dtype = ctx.settings
     flat, hidden, seed, lora_a, *rest = ctx.saved_tensors
-    saved = Saved(flat, hidden, seed, lora_a, rest[:n], rest[n : 2 * n])
-    dx, da, db = backward(dys, saved, ctx.needs, ctx.adapter_dtypes, ctx.scaling, ctx.dropout_p)
+    lora_bs, weights = rest[:n], rest[n : 2 * n]
+    dx: Tensor | None
+    das: Sequence[Tensor | None]
+    dbs: Sequence[Tensor | None]
+    if needs is None and len(given) == n:
+        dx, das, dbs = all_gradients(given, flat, hidden, lora_a, lora_bs, weights, adapter_dtypes, scaling)
+    else:
+        saved = Saved(flat, hidden, seed, lora_a, lora_bs, weights)
+        needs = needs or Needs(True, [True] * n, [True] * n)
+        dx, das, dbs = backward(dys, saved, needs, adapter_dtypes, scaling, dropout_p)
     if dx is not None:
-        dx = cast(dx, ctx.x_dtype).view(ctx.x_shape)
-    gradients: list[Tensor | None] = [dx, None, None, None, None]
-    for da_i, db_i in zip(da, db, strict=True):
-        gradients += (None, None, da_i, db_i)
-    return tuple(gradients)
+        dx = (dx if dx.dtype == x_dtype else dx.to(x_dtype)).view(x_shape)
+    if n == 1:
+        return dx, None, None, None, None, None, das[0], dbs[0]
+    pairs = chain.from_iterable(zip(das, dbs, strict=True))
+    return dx, None, None, None, None, None, *pairs
 
 
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -187,10 +209,11 @@ def _mask_seed(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor | Non
 
 def apply_layers(
     x: Tensor,
-    layers: Sequence[LoraWeights],
+    layers: Sequence[Layer],
     scaling: float,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
     """Apply several layers to one input: as `lora_linear` applied to each, with one dropout mask for all.
 
@@ -204,6 +227,7 @@ def apply_layers(
         scaling: the factor of every layer's LoRA term.
         dropout_p: as for `lora_linear`.
         seed: as for `lora_linear`.
+        dtype: what `compute_dtype` says of ``x`` and the first ``weight``, from a caller that has asked.
 
     Returns:
         One ``(..., Nᵢ)`` a layer, in ``x``'s dtype or autocast's; none of them shares memory with another.
@@ -211,17 +235,19 @@ def apply_layers(
     Raises:
         TypeError: ``x`` and the first ``weight`` differ in dtype and autocast is off.
     """
-    dtype = compute_dtype(x, layers[0].weight)
-    seed = _mask_seed(x, dropout_p, seed)
+    if dtype is None:
+        dtype = compute_dtype(x, layers[0][0])
+    if dropout_p != 0.0 or seed is not None:
+        seed = _mask_seed(x, dropout_p, seed)
     if torch.compiler.is_compiling():
         from .lora_ops import compiled_lora_linear
 
         return tuple(compiled_lora_linear(x, layer, scaling, dropout_p, seed, dtype) for layer in layers)
     if torch.is_grad_enabled():
-        tensors = [tensor for layer in layers for tensor in layer]
         call = LoRALinearFunction.apply if torch._C._are_functorch_transforms_active() else _apply
-        return call(x, scaling, dropout_p, seed, dtype, *tensors)
-    return forward(x, layers, scaling, dropout_p, seed, dtype).outputs
+        adapters = layers[0][2:] if len(layers) == 1 else [part for layer in layers for part in layer[2:]]
+        return call(x, layers, scaling, dropout_p, seed, dtype, *adapters)
+    return forward(x, layers, scaling, dropout_p, seed, dtype)[0]
 
 
 def lora_linear(

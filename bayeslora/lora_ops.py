@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lora_passes import LoraWeights, Needs, Saved, backward, forward
+from .lora_passes import Layer, LoraWeights, Needs, Saved, backward, forward
 from .lora_products import cast
 
 
@@ -29,8 +29,8 @@ def _lora_linear(
 ) -> tuple[Tensor, Tensor]:
     """Return y ``(..., N)`` and h ``(M, r)``, in ``dtype``."""
     layer = LoraWeights(weight, bias, lora_a, lora_b)
-    result = forward(x, (layer,), scaling, dropout_p, seed, dtype)
-    return result.outputs[0], result.hidden
+    (y,), _, hidden, _, _ = forward(x, (layer,), scaling, dropout_p, seed, dtype)
+    return y, hidden
 
 
 @_lora_linear.register_fake
@@ -133,7 +133,7 @@ _lora_linear.register_autograd(_backward, setup_context=_setup_context)
 
 
 def compiled_lora_linear(
-    x: Tensor, layer: LoraWeights, scaling: float, dropout_p: float, seed: Tensor | None, dtype: torch.dtype
+    x: Tensor, layer: Layer, scaling: float, dropout_p: float, seed: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """Apply one layer as an operator; arguments are checked by the caller."""
     return _lora_linear(x, *layer, float(scaling), dropout_p, seed, dtype)[0]

@@ -31,59 +31,72 @@ class LoraWeights(NamedTuple):
     lora_b: Tensor
 
 
-class Forward(NamedTuple):
-    """What a forward leaves: the outputs, and what a backward may need, all in the computation's dtype."""
-
-    outputs: tuple[Tensor, ...]
-    flat: Tensor
-    """x as ``(M, K)``."""
-    hidden: Tensor
-    lora_a: Tensor
-    """The layers' A, stacked: ``(R, K)``."""
-    lora_bs: list[Tensor]
+Layer = LoraWeights | tuple[Tensor, Tensor | None, Tensor, Tensor]
+"""The tensors of one layer as the passes take them: only ever unpacked."""
 
 
-def _adapters(layers: Sequence[LoraWeights], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-    """Return the layers' A stacked and their B, in ``dtype``, in at most one launch."""
-    a_parts = [layer.lora_a for layer in layers]
-    b_parts = [layer.lora_b for layer in layers]
-    if all(part.dtype == dtype for part in a_parts + b_parts):
-        return a_parts[0] if len(a_parts) == 1 else torch.cat(a_parts), b_parts
+def _operands(
+    layers: Sequence[Layer], dtype: torch.dtype
+) -> tuple[Sequence[Tensor], Sequence[Tensor | None], Tensor, Sequence[Tensor]]:
+    """Return the layers' weights, biases, A stacked and B in ``dtype``: at most one launch for A and B."""
+    if len(layers) == 1:
+        ((weight, bias, lora_a, lora_b),) = layers
+        if weight.dtype == lora_a.dtype == lora_b.dtype == dtype and (bias is None or bias.dtype == dtype):
+            return (weight,), (bias,), lora_a, (lora_b,)
+    weights, biases, a_parts, b_parts = [], [], [], []
+    one_dtype = True
+    for weight, bias, lora_a, lora_b in layers:
+        weights.append(cast(weight, dtype))
+        biases.append(None if bias is None else cast(bias, dtype))
+        a_parts.append(lora_a)
+        b_parts.append(lora_b)
+        one_dtype = one_dtype and lora_a.dtype == lora_b.dtype == dtype
+    if one_dtype:
+        return weights, biases, a_parts[0] if len(layers) == 1 else torch.cat(a_parts), b_parts
     ranks = [part.shape[0] for part in a_parts]
-    lora_a = torch.empty(sum(ranks), a_parts[0].shape[1], dtype=dtype, device=a_parts[0].device)
+    stacked = a_parts[0].new_empty(sum(ranks), a_parts[0].shape[1], dtype=dtype)
     lora_bs = [torch.empty_like(part, dtype=dtype) for part in b_parts]
-    torch._foreach_copy_([*lora_a.split_with_sizes(ranks), *lora_bs], a_parts + b_parts)
-    return lora_a, lora_bs
+    a_copies = [stacked] if len(ranks) == 1 else stacked.split_with_sizes(ranks)
+    torch._foreach_copy_([*a_copies, *lora_bs], a_parts + b_parts)
+    return weights, biases, stacked, lora_bs
 
 
 def forward(
     x: Tensor,
-    layers: Sequence[LoraWeights],
+    layers: Sequence[Layer],
     scaling: float,
     dropout_p: float,
     seed: Tensor | None,
     dtype: torch.dtype,
-) -> Forward:
-    """Compute every layer's output ``(..., Nᵢ)`` from x ``(..., K)``, in ``dtype``."""
-    x = cast(x, dtype).contiguous()
-    flat = x if x.dim() == 2 else x.view(-1, x.shape[-1])
-    dropped = flat if seed is None else dropout_ops(flat).dropout(flat, dropout_p, seed)
-    lora_a, lora_bs = _adapters(layers, dtype)
-    weights = [cast(layer.weight, dtype) for layer in layers]
-    biases = [None if layer.bias is None else cast(layer.bias, dtype) for layer in layers]
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor, Sequence[Tensor]]:
+    """Compute every layer's output ``(..., Nᵢ)`` from x ``(..., K)``, in ``dtype``.
+
+    Returns:
+        The outputs, none of which is a view, as autograd counts; and what a backward may need, all in
+        ``dtype``: x as ``(M, K)``, h ``(M, R)``, the layers' A stacked ``(R, K)``, and their B.
+    """
+    if x.dtype != dtype:
+        x = x.to(dtype)
+    x = x.contiguous()
+    *leading, k = x.shape
+    flat = x if len(leading) == 1 else x.view(-1, k)
+    weights, biases, lora_a, lora_bs = _operands(layers, dtype)
     route = kernel_route("forward", flat, weights, lora_a.shape[0]) if seed is None else None
-    if route is None:
-        hidden = scaled_product(dropped, lora_a.t(), scaling)
-        parts = zip(weights, biases, _columns(hidden, lora_bs), lora_bs, strict=True)
-        ys = [base_plus_lora(x, weight, bias, part, b) for weight, bias, part, b in parts]
-    else:
+    if route is not None:
         from .kernels.lora_layer import lora_forward
 
-        tensors = list(zip(weights, biases, lora_bs, strict=True))
-        ys = [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
+        ys = tuple(x.new_empty(*leading, weight.shape[0]) for weight in weights)
         outs = [y.view(-1, y.shape[-1]) for y in ys]
-        hidden = lora_forward(flat, tensors, lora_a, scaling, outs, route)[1]
-    return Forward(tuple(ys), flat, hidden, lora_a, lora_bs)
+        tensors = list(zip(weights, biases, lora_bs, strict=True))
+        return ys, flat, lora_forward(flat, tensors, lora_a, scaling, outs, route)[1], lora_a, lora_bs
+    dropped = flat if seed is None else dropout_ops(flat).dropout(flat, dropout_p, seed)
+    hidden = scaled_product(dropped, lora_a.t(), scaling)
+    if len(layers) == 1:
+        ys = (base_plus_lora(flat, leading, weights[0], biases[0], hidden, lora_bs[0]),)
+    else:
+        parts = zip(weights, biases, _columns(hidden, lora_bs), lora_bs, strict=True)
+        ys = tuple([base_plus_lora(flat, leading, *operands) for operands in parts])
+    return ys, flat, hidden, lora_a, lora_bs
 
 
 def _columns(stacked: Tensor, lora_bs: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -94,7 +107,7 @@ def _columns(stacked: Tensor, lora_bs: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 class Saved(NamedTuple):
-    """What backward reads; a tensor that no needed gradient depends on may be None."""
+    """What `backward` reads; a tensor that no needed gradient depends on may be None."""
 
     flat: Tensor | None
     hidden: Tensor | None
@@ -132,9 +145,6 @@ def backward(
         dropout_p: of the forward.
     """
     flat_dys = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys]
-    complete = needs.x and saved.seed is None and not (False in needs.a or False in needs.b)
-    if complete and all(dy is not None for dy in flat_dys):
-        return _all_gradients(flat_dys, saved, adapter_dtypes, scaling)  # type: ignore[arg-type]
     used = [i for i, dy in enumerate(flat_dys) if dy is not None]
     wants_a = any(needs.a[i] for i in used)
     da: list[Tensor | None] = [None] * len(dys)
@@ -162,36 +172,45 @@ def backward(
     return dx, da, db
 
 
-def _all_gradients(
-    flat_dys: Sequence[Tensor],
-    saved: Saved,
+def all_gradients(
+    dys: Sequence[Tensor],
+    flat: Tensor,
+    hidden: Tensor,
+    lora_a: Tensor,
+    lora_bs: Sequence[Tensor],
+    weights: Sequence[Tensor],
     adapter_dtypes: Sequence[tuple[torch.dtype, torch.dtype]],
     scaling: float,
-) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
-    """Return the gradients of x and of every A and B where there is no dropout: training's usual call."""
-    flat, hidden, _, lora_a, lora_bs, weights = saved
-    assert flat is not None and hidden is not None and lora_a is not None
+) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
+    """Return what `backward` does, of a forward without dropout, where every gradient is wanted.
+
+    Training's usual call: the same products in a straight line.
+    """
     a_dtype, b_dtype = adapter_dtypes[0]
-    one_dtype = all(pair == (a_dtype, b_dtype) for pair in adapter_dtypes[1:])
+    one_dtype = len(dys) == 1 or all(pair == (a_dtype, b_dtype) for pair in adapter_dtypes[1:])
+    flat_dys = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
+    weights = [cast(weight, flat.dtype) for weight in weights]
     if one_dtype and a_dtype == b_dtype:
         route = kernel_route("backward", flat, weights, lora_a.shape[0])
         if route is not None:
             from .kernels.lora_layer import lora_backward
 
-            cast_weights = [cast(weight, flat.dtype) for weight in weights]
             dx, stacked, dbs = lora_backward(
-                flat_dys, flat, cast_weights, hidden, lora_a, lora_bs, scaling, a_dtype, route=route
+                flat_dys, flat, weights, hidden, lora_a, lora_bs, scaling, a_dtype, route=route
             )
-            return dx, [*_rows_of(stacked, lora_bs)], [*dbs]
+            return dx, _rows_of(stacked, lora_bs), dbs
     dh = _hidden_gradients(flat_dys, lora_bs, scaling)
-    columns = zip(flat_dys, _columns(hidden, lora_bs), adapter_dtypes, strict=True)
-    db: list[Tensor | None] = [tall_product(dy, part, dtype) for dy, part, (_, dtype) in columns]
+    if len(dys) == 1:
+        db = [tall_product(flat_dys[0], hidden, b_dtype)]
+    else:
+        columns = zip(flat_dys, _columns(hidden, lora_bs), adapter_dtypes, strict=True)
+        db = [tall_product(dy, part, own) for dy, part, (_, own) in columns]
     # A product over A's of two dtypes is made in the wider one and rounded from there.
     widest = a_dtype if one_dtype else max((a for a, _ in adapter_dtypes), key=lambda dtype: dtype.itemsize)
-    da_rows = _rows_of(tall_product(dh, flat, widest), lora_bs)
-    da: list[Tensor | None] = [cast(part, a) for part, (a, _) in zip(da_rows, adapter_dtypes, strict=True)]
-    dx = input_gradient(flat_dys, [cast(weight, dh.dtype) for weight in weights], (dh, lora_a))
-    return dx, da, db
+    da = _rows_of(tall_product(dh, flat, widest), lora_bs)
+    if not one_dtype:
+        da = [cast(part, a) for part, (a, _) in zip(da, adapter_dtypes, strict=True)]
+    return input_gradient(flat_dys, weights, (dh, lora_a)), da, db
 
 
 def _rows_of(stacked: Tensor, lora_bs: Sequence[Tensor]) -> list[Tensor]:

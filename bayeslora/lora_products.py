@@ -47,9 +47,10 @@ def kernel_route(direction: str, x: Tensor, weights: Sequence[Tensor], r: int) -
         weights: ``(Nᵢ, K)`` of each layer.
         r: the layers' ranks together.
     """
-    if x.shape[0] < _CAPTURED_ROWS or x.dtype not in _HALF or not uses_triton(x.device):
+    rows = x.shape[0]
+    if rows < _CAPTURED_ROWS or x.dtype not in _HALF or not uses_triton(x.device):
         return None
-    if x.shape[0] < _KERNEL_ROWS and not torch.cuda.is_current_stream_capturing():
+    if rows < _KERNEL_ROWS and not torch.cuda.is_current_stream_capturing():
         return None
     from .kernels.lora_routes import CUBLAS, layer_route
 
@@ -71,13 +72,21 @@ def base_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _unsafe_view(F.linear(x.view(-1, x.shape[-1]), weight, bias), (*x.shape[:-1], weight.shape[0]))
 
 
-def base_plus_lora(x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, lora_b: Tensor) -> Tensor:
-    """Return ``x Wᵀ + bias + h Bᵀ``, ``(..., N)``, in memory of its own.
+def base_plus_lora(
+    x: Tensor, leading: Sequence[int], weight: Tensor, bias: Tensor | None, hidden: Tensor, lora_b: Tensor
+) -> Tensor:
+    """Return ``x Wᵀ + bias + h Bᵀ`` as ``(*leading, N)``, x being ``(M, K)``, in memory of its own.
 
-    Not a view, as autograd counts: callers may change it in place.
+    Not a view, as autograd counts: callers may change it in place. Records no gradients.
     """
-    y = base_product(x, weight, bias)
-    y.view(-1, y.shape[-1]).addmm_(hidden, lora_b.t())
+    n = weight.shape[0]
+    y = x.new_empty(*leading, n)
+    flat = y if len(leading) == 1 else y.view(-1, n)
+    if bias is None:
+        torch.mm(x, weight.t(), out=flat)
+    else:
+        torch.addmm(bias, x, weight.t(), out=flat)
+    flat.addmm_(hidden, lora_b.t())
     return y
 
 
@@ -107,6 +116,6 @@ def input_gradient(
         lora: dh ``(M, R)`` and A ``(R, K)``, or None for the base's part alone.
     """
     dx = torch.mm(dys[0], weights[0])
-    for dy, weight in zip(dys[1:], weights[1:], strict=True):
-        dx.addmm_(dy, weight)
+    for i in range(1, len(dys)):
+        dx.addmm_(dys[i], weights[i])
     return dx if lora is None else dx.addmm_(*lora)

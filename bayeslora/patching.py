@@ -29,6 +29,8 @@ _logger = logging.getLogger("bayeslora")
 _Model = TypeVar("_Model", bound=nn.Module)
 
 _FLOAT_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+_NUMBERS = frozenset({float, int})
+_NOTHING: dict[str, Any] = {}
 _BNB_LAYERS = "peft.tuners.lora.bnb"  # importing it needs bitsandbytes
 _QUANTIZED_MODULES = frozenset({"aqlm", "awq", "bnb", "eetq", "gptq", "hqq", "inc", "torchao"})
 _VARIANT_NAMES = {
@@ -48,10 +50,10 @@ class FusedLoraLinear(PeftLoraLinear):
         """Apply the layer; arguments and result are those of PEFT's own forward."""
         if SLOT in self.__dict__:
             return _sampled_forward(self, x, args, kwargs)
-        if not (args or kwargs or self._disable_adapters or self.merged_adapters):
-            adapters = _active_adapters(self)
-            if len(adapters) == 1 and _unsupported(self, adapters[0]) is None and _fits(self, x):
-                return _fused_forward(self, x, adapters[0])
+        if not (args or kwargs):
+            call = _served_call(self, x)
+            if call is not None:
+                return _fused_forward(self, x, call)
         return super().forward(x, *args, **kwargs)
 
     def __setstate__(self, state: Any) -> None:
@@ -122,7 +124,7 @@ def _unsupported_adapter(lora_a: Any, lora_b: Any, dropout: Any) -> str | None:
 def _unsupported(layer: Any, adapter: str) -> str | None:
     """Return why the fused forward cannot serve ``layer`` with ``adapter``, or None if it can.
 
-    Runs at every call of a patched layer, so it and its parts read module dictionaries, not attributes.
+    For `patch` to say; at every call `_served_call` asks the same.
     """
     if adapter in layer.lora_variant and adapter not in layer.__dict__.get("_monteclora", ()):
         name = type(layer.lora_variant[adapter]).__name__
@@ -132,7 +134,7 @@ def _unsupported(layer: Any, adapter: str) -> str | None:
 
 def _unsupported_parts(layer: Any, adapter: str) -> str | None:
     """Return why the fused forward cannot serve the layer's submodules and scaling, or None if it can."""
-    if type(layer.scaling[adapter]) not in (float, int):
+    if type(layer.scaling[adapter]) not in _NUMBERS:
         return "scaling that is not a number"
     modules: Any = layer._modules
     return _unsupported_base(modules["base_layer"]) or _unsupported_adapter(
@@ -142,35 +144,73 @@ def _unsupported_parts(layer: Any, adapter: str) -> str | None:
     )
 
 
-def _fits(layer: PeftLoraLinear, x: Tensor) -> bool:
-    """Tell whether the fused forward takes this input; PEFT's reports what is wrong with any other."""
-    if not isinstance(x, Tensor) or torch._C._are_functorch_transforms_active():
-        return False
-    if x.dim() == 0 or x.shape[-1] != layer.in_features:
-        return False
-    modules: Any = layer._modules
-    weight = modules["base_layer"]._parameters["weight"]
-    return x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)
+def _served_call(layer: Any, x: Tensor) -> LoraCall | None:  # noqa: PLR0911 - flat: see below
+    """Return all that ``layer(x)`` depends on, or None where PEFT's own forward is to serve the call.
 
-
-def _lora_call(layer: Any, adapter: str) -> LoraCall:
+    Served is a layer with one active adapter of which `_unsupported` knows no fault, unmerged, and an input
+    that fits it; PEFT's forward reports what is wrong with any other. Everything is asked at every call,
+    by a host that a GPU may be waiting for: so one flat function, of few calls, over modules' dictionaries.
+    """
+    if layer._disable_adapters or layer.merged_adapters:
+        return None
     modules = layer._modules
-    base = modules["base_layer"]
+    held = modules["lora_A"]._modules
+    active = layer._active_adapter
+    if type(active) is not list or len(active) != 1:
+        active = _active_adapters(layer)
+        if len(active) != 1:
+            return None
+    adapter = active[0]
+    if adapter not in held:
+        return None
+    drawn = layer.__dict__.get("_monteclora", _NOTHING).get(adapter)
+    if drawn is None and adapter in layer.lora_variant:
+        return None
+    base, a, b = modules["base_layer"], held[adapter], modules["lora_B"]._modules[adapter]
     dropout = modules["lora_dropout"]._modules[adapter]
-    lora_a = modules["lora_A"]._modules[adapter]._parameters["weight"]
-    lora_b = modules["lora_B"]._modules[adapter]._parameters["weight"]
-    if "_monteclora" in layer.__dict__ and adapter in layer._monteclora:
-        bank, index = layer._monteclora[adapter]
-        lora_a, lora_b = bank.matrices(index, lora_a, lora_b)
-    return LoraCall(
-        base._parameters["weight"],
-        base._parameters["bias"],
-        lora_a,
-        lora_b,
-        bool(_weight_is_transposed(type(base))),
-        layer.scaling[adapter],
-        dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0,
-    )
+    for module in (base, a, b, dropout):
+        own = module.__dict__
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
+            return None
+        if own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            return None
+    transposed = False if type(base) is nn.Linear else _weight_is_transposed(type(base))
+    has_dropout = type(dropout) is nn.Dropout
+    if transposed is None or type(a) is not nn.Linear or type(b) is not nn.Linear:
+        return None
+    if not (dropout.p < 1.0 if has_dropout else type(dropout) is nn.Identity):
+        return None
+    base_tensors, a_tensors, b_tensors = base._parameters, a._parameters, b._parameters
+    weight, bias = base_tensors.get("weight"), base_tensors.get("bias")
+    lora_a, lora_b, scaling = a_tensors.get("weight"), b_tensors.get("weight"), layer.scaling[adapter]
+    if not (type(weight) is type(lora_a) is type(lora_b) is nn.Parameter and weight.dtype in _FLOAT_DTYPES):
+        return None
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        return None
+    if a_tensors["bias"] is not None or b_tensors["bias"] is not None or type(scaling) not in _NUMBERS:
+        return None
+    dtype = _dtype_of_call(layer, x, weight)
+    if dtype is None:
+        return None
+    if drawn is not None:
+        lora_a, lora_b = drawn[0].matrices(drawn[1], lora_a, lora_b)
+    dropout_p = dropout.p if has_dropout and dropout.training else 0.0
+    return LoraCall(weight, bias, lora_a, lora_b, transposed, scaling, dropout_p, dtype)
+
+
+def _dtype_of_call(layer: Any, x: Tensor, weight: Tensor) -> torch.dtype | None:
+    """Return the dtype that ``layer(x)`` is computed in, or None for an input that does not fit the layer."""
+    if not isinstance(x, Tensor) or torch._C._are_functorch_transforms_active():
+        return None
+    shape = x.shape
+    if not shape or shape[-1] != layer.in_features:
+        return None
+    dtype = x.dtype
+    if torch._C._is_any_autocast_enabled() and dtype != torch.float64:
+        device_type = x.device.type
+        if torch.is_autocast_enabled(device_type):
+            return torch.get_autocast_dtype(device_type)
+    return dtype if dtype == weight.dtype else None
 
 
 def _sibling_call(layer: nn.Module, x: Tensor) -> LoraCall | None:
@@ -178,22 +218,15 @@ def _sibling_call(layer: nn.Module, x: Tensor) -> LoraCall | None:
 
     Hooks that may replace the input count as not served; those that see the output are called with it.
     """
-    if type(layer) is not FusedLoraLinear or layer._disable_adapters or layer.merged_adapters:
+    if type(layer) is not FusedLoraLinear:
         return None
-    if SLOT in layer.__dict__:
+    own = layer.__dict__
+    if own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return None
-    if layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
-        return None
-    adapters = _active_adapters(layer)
-    if "forward" in layer.__dict__ or len(adapters) != 1:
-        return None
-    if _unsupported(layer, adapters[0]) is not None or not _fits(layer, x):
-        return None
-    return _lora_call(layer, adapters[0])
+    return None if SLOT in own or "forward" in own else _served_call(layer, x)
 
 
-def _fused_forward(layer: PeftLoraLinear, x: Tensor, adapter: str) -> Tensor:
-    call = _lora_call(layer, adapter)
+def _fused_forward(layer: PeftLoraLinear, x: Tensor, call: LoraCall) -> Tensor:
     if chain_serves(x, call):
         return chain(x, call)
     if "_lora_group" in layer.__dict__ and not torch.compiler.is_compiling():
@@ -202,7 +235,7 @@ def _fused_forward(layer: PeftLoraLinear, x: Tensor, adapter: str) -> Tensor:
         y = group.output(index, layer, x, call, _sibling_call)
         if y is not None:
             return y
-    return apply_layers(x, (call.tensors(),), call.scaling, call.dropout_p)[0]
+    return apply_layers(x, (call.tensors(),), call.scaling, call.dropout_p, None, call.dtype)[0]
 
 
 def _sampled_forward(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -211,10 +244,10 @@ def _sampled_forward(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[
     The context, open for the one call of the model, has checked that the fused forward serves the layer.
     """
     samples: LayerSamples = layer.__dict__[SLOT]
-    if args or kwargs or not _fits(layer, x):
+    call = None if args or kwargs else _served_call(layer, x)
+    if call is None:
         raise NotBatched(f"a call of {type(layer).__name__} that the fused forward does not serve")
-    call = _lora_call(layer, samples.adapter)
-    return samples.apply(x, call.tensors().weight, call.bias, call.scaling)
+    return samples.apply(x, call.tensors()[0], call.bias, call.scaling)
 
 
 def _lora_layers(model: nn.Module) -> Iterator[LoraLayer]:

@@ -110,9 +110,9 @@ def fused_calls(monkeypatch) -> list:
     calls: list[str] = []
     forward = patching._fused_forward
 
-    def spy(layer, x, adapter):
-        calls.append(adapter)
-        return forward(layer, x, adapter)
+    def spy(layer, x, call):
+        calls.extend(name for name, a in layer.lora_A.items() if a.weight is call.lora_a)
+        return forward(layer, x, call)
 
     monkeypatch.setattr(patching, "_fused_forward", spy)
     return calls
@@ -409,19 +409,19 @@ def _with_full_dropout(layer):
     layer.lora_dropout["default"] = nn.Dropout(1.0)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        _with_own_forward,
-        _parametrized,
-        _of_a_linear_subclass,
-        _with_an_adapter_of_a_tensor_subclass,
-        _with_tensor_scaling,
-        _with_trainable_base,
-        _with_other_dropout,
-        _with_full_dropout,
-    ],
-)
+CHANGES = [
+    _with_own_forward,
+    _parametrized,
+    _of_a_linear_subclass,
+    _with_an_adapter_of_a_tensor_subclass,
+    _with_tensor_scaling,
+    _with_trainable_base,
+    _with_other_dropout,
+    _with_full_dropout,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_layer_changed_after_the_patch_falls_back(change, device, fused_calls):
     patched, plain = _pair(device)
     for model in (patched, plain):
@@ -438,6 +438,53 @@ def test_a_layer_changed_after_the_patch_falls_back(change, device, fused_calls)
     assert ("layers.0.self_attn.q_proj.base_layer.weight" in str(results[0].keys())) == (
         change is _with_trainable_base
     )
+
+
+def _with_a_bias_in_the_adapter(layer):
+    layer.lora_B["default"].bias = nn.Parameter(torch.zeros(layer.out_features))
+
+
+def _with_a_trainable_bias(layer):
+    layer.base_layer.bias = nn.Parameter(torch.zeros(layer.out_features))
+
+
+def _of_integers(layer):
+    layer.base_layer.weight = nn.Parameter(layer.base_layer.weight.data.char(), requires_grad=False)
+
+
+def _with_another_adapter_layer(layer):
+    layer.lora_A["default"] = nn.Sequential(layer.lora_A["default"])
+
+
+def _with_a_variant(layer):
+    layer.lora_variant["default"] = object()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *CHANGES,
+        _with_a_bias_in_the_adapter,
+        _with_a_trainable_bias,
+        _of_integers,
+        _with_another_adapter_layer,
+        _with_a_variant,
+        *(
+            (lambda layer, hook=hook, name=name: hook(layer.get_submodule(name), []))
+            for hook in HOOKS.values()
+            for name in ("base_layer", "lora_A.default", "lora_B.default", "lora_dropout.default")
+        ),
+    ],
+)
+def test_a_call_is_served_where_patch_knows_no_reason_against_it(change, device):
+    """What is asked in one go at every call is what `patch` asks with its reasons."""
+    layer = _some_layer(bayeslora.patch(_adapted(device)))
+    x = torch.randn(2, 32, device=device)
+    assert patching._unsupported(layer, "default") is None
+    assert patching._served_call(layer, x) is not None
+    change(layer)
+    assert patching._unsupported(layer, "default") is not None
+    assert patching._served_call(layer, x) is None
 
 
 LEFT = {
