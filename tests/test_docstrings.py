@@ -8,7 +8,7 @@ import pytest
 
 import bayeslora
 
-# One line says it all: their arguments are a trainer's, a test's probabilities, a text.
+# Their first line says what their one argument is.
 ONE_LINERS = {"mbr.gsm8k_flexible", "mbr.gsm8k_strict", "unpatch", "uncertainty.decompose"}
 
 
