@@ -241,11 +241,12 @@ def _fused_forward(layer: PeftLoraLinear, x: Tensor, call: LoraCall) -> Tensor:
 def _sampled_forward(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Apply the layer with a posterior sample for each group of rows.
 
-    The context, open for the one call of the model, has checked that the fused forward serves the layer.
+    The context, open for the one call of the model, has checked that the fused forward serves the layer; that
+    is asked again here, as at any call, and whether its adapter is still the active one.
     """
     samples: LayerSamples = layer.__dict__[SLOT]
     call = None if args or kwargs else _served_call(layer, x)
-    if call is None:
+    if call is None or _active_adapters(layer) != [samples.adapter]:
         raise NotBatched(f"a call of {type(layer).__name__} that the fused forward does not serve")
     return samples.apply(x, call.tensors()[0], call.bias, call.scaling)
 

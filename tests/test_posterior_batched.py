@@ -20,7 +20,7 @@ from transformers import (
 
 from bayeslora import IVON, Posterior, patch, unpatch
 from bayeslora.kernels.lora_perturbed_twin import Perturbation
-from bayeslora.posterior_batched import SLOT, LayerSamples
+from bayeslora.posterior_batched import SLOT, LayerSamples, NotBatched, SampledLayers
 
 PROMPT = torch.randint(3, 50, (2, 5), generator=torch.Generator().manual_seed(0))
 SEEDS = [7, 2**64 - 3, 11]
@@ -264,6 +264,17 @@ def test_what_cannot_share_a_pass_runs_in_turn_and_says_so(make, reason, caplog)
     (line,) = _lines(caplog)
     assert re.match(f"samples run one after another: .*({reason})", line)
     assert _unchanged(posterior.model, before)
+
+
+def test_an_adapter_switched_within_the_pass_is_not_sampled():
+    posterior = _of_kind("llama")
+    model = posterior.model
+    model.add_adapter("other", model.peft_config["default"])
+    with torch.no_grad(), SampledLayers(posterior).active(SEEDS, 1.0, len(SEEDS)):
+        model(input_ids=PROMPT[:1].expand(len(SEEDS), -1))
+        model.set_adapter("other")
+        with pytest.raises(NotBatched, match="does not serve"):
+            model(input_ids=PROMPT[:1].expand(len(SEEDS), -1))
 
 
 def test_only_some_matrices_perturbed_and_pruned_ones():
