@@ -302,17 +302,33 @@ def _block_m(rows: int, rank: int, most: int = 128) -> int:
 
 
 @cache
-def _launcher(kernel: Any, rank: int, wide_first: bool, quads: bool, block_m: int) -> Launcher:
+def _num_stages(device: torch.device) -> int:
+    """Return how many tiles are in flight: as many as fit a block's shared memory, at every rank and dtype.
+
+    227 KB on Hopper, 163 on an A100, 99 on GPUs for desktops.
+    """
+    if device.type != "cuda":
+        return 3
+    memory = triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+    return 3 if memory >= 200 << 10 else 2 if memory >= 128 << 10 else 1
+
+
+@cache
+def _launcher(
+    kernel: Any, rank: int, wide_first: bool, quads: bool, block_m: int, num_stages: int
+) -> Launcher:
     constants = {
         "WIDE_FIRST": wide_first, "QUADS": quads, "BLOCK_M": block_m, "BLOCK_W": _block_w(rank), "R": rank,
     }  # fmt: skip
-    return Launcher(kernel, constants, num_warps=8 if rank > 64 or block_m > 64 else 4)
+    num_warps = 8 if rank > 64 or block_m > 64 else 4
+    return Launcher(kernel, constants, num_warps=num_warps, num_stages=num_stages)
 
 
-def _kernel_for(kernel: Any, shape: tuple[int, ...], wide_first: bool, block_m: int) -> Launcher:
-    """Return ``kernel`` for a θ of ``shape``."""
+def _kernel_for(kernel: Any, mean: Tensor, wide_first: bool, block_m: int) -> Launcher:
+    """Return ``kernel`` for θ, or for a gradient of its shape."""
+    shape = mean.shape
     rank = padded_rank(shape[1 if wide_first else 0])
-    return _launcher(kernel, rank, wide_first, shape[1] % 4 == 0, block_m)
+    return _launcher(kernel, rank, wide_first, shape[1] % 4 == 0, block_m, _num_stages(mean.device))
 
 
 @cache
@@ -348,7 +364,7 @@ def perturbed_down(
     splits = cdiv(steps, split_steps)
     out = x.new_empty(m, rank)
     parts = out if splits == 1 else x.new_empty(splits * m * rank, dtype=torch.float32)
-    _kernel_for(_perturbed_down_kernel, mean.shape, wide_first, block_m)(
+    _kernel_for(_perturbed_down_kernel, mean, wide_first, block_m)(
         (blocks, splits), parts, x, mean, std, noise.seeds, noise.draws, noise.stream, scale, rows, width,
         rank, x.stride(0), split_steps * block_w, m * rank,
     )  # fmt: skip
@@ -377,7 +393,7 @@ def perturbed_up_(
     blocks = cdiv(rows, block_m)
     ranges = max(1, min(blocks, _PROGRAMS // (columns * groups)))
     in_range = cdiv(blocks, ranges) * block_m
-    _kernel_for(_perturbed_up_kernel, mean.shape, wide_first, block_m)(
+    _kernel_for(_perturbed_up_kernel, mean, wide_first, block_m)(
         (groups * cdiv(rows, in_range), columns), out, hidden, mean, std, noise.seeds, noise.draws,
         noise.stream, rows, in_range, width, hidden.shape[1], out.stride(0),
     )  # fmt: skip
@@ -405,7 +421,7 @@ def perturbed_grads(wide: Tensor, thin: Tensor, noise: Noise, *, wide_first: boo
     ranges = cdiv(groups, in_range)
     numel = width * rank
     parts = out if ranges == 1 else wide.new_empty(2, ranges, numel, dtype=torch.float32)
-    _kernel_for(_perturbed_grads_kernel, out[0].shape, wide_first, block_m)(
+    _kernel_for(_perturbed_grads_kernel, out[0], wide_first, block_m)(
         (columns, ranges), parts[0], parts[1], wide, thin, noise.seeds, noise.draws, noise.stream, groups,
         in_range, rows, width, rank, wide.stride(0),
     )  # fmt: skip
