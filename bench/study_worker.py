@@ -22,7 +22,7 @@ from bayeslora.data import load_questions, split_questions
 from bayeslora.finetune import load_model
 
 _POLL = 0.5
-_RETRY = 10.0
+_RETRY = 30.0  # seconds until a worker tries again what did not fit; it goes on with other runs
 _MPS_PROBE = "import torch; torch.zeros(1, device='cuda').item()"
 _WITHOUT_MPS = 8  # workers that one GPU's time slices serve; more would only make each run longer
 Job = dict[str, Any]
@@ -46,6 +46,7 @@ class Worker:
         self.base = prepare(base)
         self.seconds: dict[Any, float] = {}  # of the last run of a kind
         self._sets: dict[str, Any] = {}
+        self._later: dict[str, float] = {}  # runs that ran out of memory here, and when to try again
 
     def questions(self, file: str, scoring: str, part: str = "all") -> Any:
         """Return a file's questions, or of a training file those to fit or to validate."""
@@ -80,9 +81,9 @@ class Worker:
                 return
             except torch.OutOfMemoryError as error:  # the device is shared: once others have ended it may fit
                 print(f"{job['task']} {job['method']}: {str(error)[:60]}; put back", flush=True)
+                self._later[self.study.key(job)] = time.time() + _RETRY
                 claim.unlink()
                 torch.cuda.empty_cache()
-                time.sleep(_RETRY)
                 continue
             except Exception:  # the claim stays: the others go on, and another call tries again
                 traceback.print_exc()
@@ -112,12 +113,16 @@ class Worker:
         if time.time() > self.until:
             return None
         rows = self.study.rows()
-        done, waiting, running = {row["key"] for row in rows}, False, False
+        done, waiting, running, later = {row["key"] for row in rows}, False, False, False
         for job in self.study.jobs(rows):
             if job is None:
                 waiting = True
                 continue
-            if self.study.key(job) in done:
+            key = self.study.key(job)
+            if key in done:
+                continue
+            if time.time() < self._later.get(key, 0.0):
+                later = True
                 continue
             if time.time() + self.seconds.get(self._kind(job), 0.0) > self.until:
                 continue
@@ -129,7 +134,7 @@ class Worker:
                 return job
             except FileExistsError:
                 running |= not claim.with_name(f"{claim.name}-failed").exists()
-        return {"wait": True} if waiting and running else None
+        return {"wait": True} if later or (waiting and running) else None
 
     def run(self, job: Job) -> list[dict[str, Any]]:
         """Train, predict every view on every set, and return one row each."""

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import bayeslora
-from bayeslora import lora_ops
+from bayeslora import lora_ops, lora_passes
 from bayeslora.lora_group import remove_groups
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # fp32, the same terms added in another order
@@ -265,3 +265,18 @@ def test_a_captured_step_with_dropout_has_the_gradients_of_its_own_masks(device)
             p.sub_(0.01 * loss / squared_norm * g)
     # The second order of a change by 1% is about 1% of it; another mask would change the loss by far more.
     assert abs((loss - replay()) / (0.01 * loss) - 1) < 0.1
+
+
+def test_the_operators_backward_is_where_the_kernels_routes_are(device, monkeypatch):
+    calls = []
+    straight = lora_passes.all_gradients
+    monkeypatch.setattr(lora_passes, "all_gradients", lambda *a: (calls.append(1), straight(*a))[1])
+    layer = [torch.randn(shape, device=device) for shape in ((20, 12), (20,), (3, 12), (20, 3))]
+    x = torch.randn(6, 12, device=device, requires_grad=True)
+    for adapter in layer[2:]:
+        adapter.requires_grad_()
+    lora_ops.compiled_lora_linear(x, tuple(layer), 2.0, 0.0, None, torch.float32).sum().backward()
+    assert calls
+    with torch.no_grad():
+        dy = torch.ones(6, 20, device=device)
+        torch.testing.assert_close(x.grad, dy @ layer[0] + 2.0 * dy @ layer[3] @ layer[2])
