@@ -115,6 +115,11 @@ class MontecloraBank:
         """Start a forward of the model: its forward-pre hook."""
         if torch.compiler.is_compiling():
             return _eager(self.open, module, args, kwargs)
+        if "_is_replica" in module.__dict__ and self.samples():
+            raise RuntimeError(
+                "MonteCLoRA's layers share one draw, which the threads of nn.DataParallel cannot; start with "
+                "torchrun or accelerate, or set CUDA_VISIBLE_DEVICES"
+            )
         self._depth += 1
         if self._depth == 1 and torch._C._current_graph_task_id() == -1:
             self.loss_weight = _share_of_batch(module, kwargs)

@@ -5,6 +5,7 @@ stay, and it is still a ``peft.tuners.lora.Linear`` by ``isinstance``. Each call
 fused forward (``lora_linear.py``) can serve it; where it cannot, PEFT's own forward does.
 """
 
+import functools
 import logging
 import sys
 from collections import Counter
@@ -54,6 +55,8 @@ class FusedLoraLinear(PeftLoraLinear):
             call = _served_call(self, x)
             if call is not None:
                 return _fused_forward(self, x, call)
+            if "_is_replica" in self.__dict__:
+                _say_that_replicas_are_pefts()
         return super().forward(x, *args, **kwargs)
 
     def __setstate__(self, state: Any) -> None:
@@ -62,6 +65,15 @@ class FusedLoraLinear(PeftLoraLinear):
         if "_lora_group" in self.__dict__:
             group, index = self.__dict__["_lora_group"]
             group.join(index, self)
+
+
+@functools.cache
+def _say_that_replicas_are_pefts() -> None:
+    """Log once a process that ``nn.DataParallel`` takes the fused forward away: copies hold no parameters."""
+    _logger.warning(
+        "nn.DataParallel (HF Trainer's way where it sees several GPUs and no launcher) runs the LoRA layers "
+        "by PEFT's own forward; start with torchrun or accelerate, or set CUDA_VISIBLE_DEVICES"
+    )
 
 
 def _active_adapters(layer: Any) -> list[str]:
@@ -325,10 +337,11 @@ def patch(model: _Model, adapter_name: str | None = None) -> _Model:
 
     A layer uses PEFT's own forward whenever the call is one that the fused forward does not cover: merged
     or disabled adapters, several active adapters, ``adapter_names`` batches, DoRA and other variants, a
-    bias in the adapter, hooks on the layer's submodules, a trainable base layer. Of a quantized base layer
-    PEFT's forward is kept too, but for bitsandbytes', where the base product stays theirs and the LoRA part
-    is fused (``lora_quantized.py``). Logs one line, at INFO to the logger "bayeslora", that says how many
-    layers were patched and how many were left and why.
+    bias in the adapter, hooks on the layer's submodules, a trainable base layer, the copies that
+    ``nn.DataParallel`` makes (one log line says so then). Of a quantized base layer PEFT's forward is kept
+    too, but for bitsandbytes', where the base product stays theirs and the LoRA part is fused
+    (``lora_quantized.py``). Logs one line, at INFO to the logger "bayeslora", that says how many layers were
+    patched and how many were left and why.
 
     Args:
         model: a model with LoRA layers: a ``PeftModel``, or any module that contains some.

@@ -109,7 +109,7 @@ def makers(lr: float, seed: int) -> dict[str, Callable[[list[nn.Parameter]], Any
     }
     for ratio in RATIOS:
         found[f"like_adamw, step_ratio {ratio:g}"] = lambda params, ratio=ratio: IVON.like_adamw(
-            params, lr=lr, num_data=_QUESTIONS, step_ratio=ratio, seed=seed
+            params, lr=lr, num_data=_QUESTIONS, step_ratio=ratio, snr=1.0, seed=seed
         )
     return found
 

@@ -5,11 +5,13 @@ Every method has the same data in the same order, the same initial adapter for o
 
 import gc
 import math
+import statistics
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,7 @@ class Trained:
 
     model: Any
     seconds: float = 0.0
-    step_seconds: float = math.nan  # of a step in the second half, when the shapes' graphs are there
+    step_seconds: float = math.nan  # of the second half's median step where steps are timed, else the mean
     early: list[Tensor] = field(default_factory=list)
     early_step: int = 0
     train_loss: float = math.nan
@@ -216,10 +218,13 @@ def fit_model(
     check_at = {round(steps * k / CHECKS) for k in range(1, CHECKS + 1)} if job["early"] else set()
     model.train()
     on_gpu = DEVICE.type == "cuda"  # where a shape costs the capture of a graph
+    times: list[float] = []
     half, start = 0.0, clock()
     for step in range(steps):
         if step == steps // 2:
             half = done.seconds + clock() - start
+        if job["split"] == "timing":
+            times.append(clock())
         set_lr(opt, job["options"]["lr"] * factor(step, steps, config["warmup"], done.swag is not None))
         losses.append(step_fn(collate([fit[i] for i in next(batches)], choices, fixed=on_gpu)))
         if done.swag is not None and step >= 0.75 * steps and (step % 10 == 0 or step == steps - 1):
@@ -238,6 +243,9 @@ def fit_model(
             start = clock()
     done.seconds += clock() - start
     done.step_seconds = (done.seconds - half) / (steps - steps // 2)
+    if times:  # a new shape's graph, a watched step or a look at the clock is no usual step
+        later = pairwise(times[steps // 2 :])
+        done.step_seconds = statistics.median(after - before for before, after in later)
     done.train_loss = float(torch.stack(losses[-max(1, steps // 10) :]).mean())
     for p in params:
         p.grad = None

@@ -13,7 +13,11 @@ from readme_study import WHERE, cell
 from safetensors.torch import load_file
 from study_model import measured
 
-ALIKE = {"weight_decay": "adamw", "laplace": "adamw"}  # the same steps
+ALIKE = {  # the same steps
+    "weight_decay": "adamw",
+    "laplace": "adamw",
+    **dict.fromkeys(("ivon_auto_wide", "ivon_auto_0.4", "ivon_auto_1"), "ivon_auto"),
+}
 NAMES = ("accuracy", "ece", "nll", "brier")
 WAYS = {  # and what its heading says; the first in the tables' order
     ("choices", "mean_loglik"): "a choice's score is its log-likelihood a token",
@@ -56,13 +60,16 @@ for _kind, _name in (("ivon", "IVON"), ("ivon_auto", "IVON.like_adamw")):
     LABELS |= {
         (_kind, f"pruned_scale_{s}"): f"{_name}, 10 samples, pruned 10%, variance x {s}" for s in SCALES
     }
-LABELS |= {
-    ("ivon_auto_wide", view): label.replace("like_adamw", "like_adamw, steps and width searched")
-    for (method, view), label in LABELS.items()
-    if method == "ivon_auto"
+DEFAULTS = {"step_ratio": 0.5, "snr": 0.5}  # like_adamw's, and those before, by what a run did not name
+FORMER = {"step_ratio": 1.0, "snr": 1.0}
+OTHERS = {  # like_adamw's runs with other values, and what the label says of them
+    "ivon_auto_wide": "like_adamw, steps and width searched",
+    "ivon_auto_0.4": "like_adamw(step_ratio=0.4, snr=1)",
+    "ivon_auto_1": "like_adamw(step_ratio=1, snr=1)",
 }
 LABELS |= {
-    ("ivon_auto_first", view): label.replace("like_adamw", "like_adamw(step_ratio=1)")
+    (other, view): label.replace("like_adamw", name)
+    for other, name in OTHERS.items()
     for (method, view), label in LABELS.items()
     if method == "ivon_auto"
 }
@@ -132,9 +139,12 @@ def summarize(out: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _method(row: dict[str, Any]) -> str:
-    """A run's method; like_adamw's runs whose largest step was lr itself are another."""
-    first = row["method"] == "ivon_auto" and "step_ratio" not in row["options"]
-    return "ivon_auto_first" if first else str(row["method"])
+    """A run's method; like_adamw's runs with other values than the defaults are each another."""
+    name, options = str(row["method"]), row["options"]
+    if name != "ivon_auto":
+        return name
+    values = {key: options.get(key, former) for key, former in FORMER.items()}
+    return name if values == DEFAULTS else f"{name}_{values['step_ratio']:g}"
 
 
 def heading(entries: list[dict[str, Any]]) -> str:

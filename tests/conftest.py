@@ -24,3 +24,12 @@ def pytest_collection_modifyitems(items):
 def device() -> torch.device:
     """Where Triton kernels run in this session: the GPU, or the CPU through the interpreter."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def one_gpu(monkeypatch):
+    """HF Trainer on one GPU also where there are several, over which it would spread every batch."""
+    from transformers import TrainingArguments
+
+    count = TrainingArguments.n_gpu
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda arguments: min(count.fget(arguments), 1)))

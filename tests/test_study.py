@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import zipfile
+from inspect import signature
 from itertools import product
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny_lm import review_rows, save_tiny
 
-from bayeslora import metrics, scoring
+from bayeslora import IVON, metrics, scoring
 from bayeslora.data import Question, load_questions
 from bayeslora.finetune import load_model
 
@@ -260,6 +261,13 @@ def test_rows_from_before_scores_could_be_chosen_are_still_those_of_summed_score
     (row,) = study.rows()
     assert (row["objective"], row["scoring"]) == ("choices", "loglik")
     assert "step_ratio=1" in report.LABELS[report._method(row), "mean"]
+    row["options"]["step_ratio"] = 0.4  # before the posterior's width was an option
+    assert "step_ratio=0.4, snr=1" in report.LABELS[report._method(row), "mean"]
+    row["options"] |= report.DEFAULTS
+    assert report._method(row) == "ivon_auto"
+    defaults = signature(IVON.like_adamw).parameters
+    assert {name: defaults[name].default for name in report.DEFAULTS} == report.DEFAULTS
+    assert study.config["methods"]["ivon_auto"]["grid"] == {k: [v] for k, v in report.DEFAULTS.items()}
     summed, default = {"name": "a", "scoring": "loglik"}, {"name": "b"}
     jobs = [study.job("arc_easy", "adamw", {"lr": 5e-4}, 4, "test", s) for s in (summed, default)]
     assert study.key(jobs[0]) == "68931b427366bd4e"  # as when there was no choice

@@ -8,6 +8,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 from bayeslora import IVON, Posterior, patch
 
+pytestmark = pytest.mark.usefixtures("one_gpu")
+
 
 class _Tokens(Dataset):
     def __init__(self):

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 from bayeslora import IVON, CapturedTrainer, patch, trainer_capture
 
+pytestmark = pytest.mark.usefixtures("one_gpu")
 LENGTHS = (4, 7, 8, 5, 8, 6, 3, 8)
 
 
