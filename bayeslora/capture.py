@@ -67,6 +67,7 @@ class CapturedStep:
         self._pool: Any = (
             None  # of the graphs' memory: one runs at a time, and nothing in it outlives its step
         )
+        self._aside: Any = None  # the stream of eager steps: the allocator keeps memory by stream
         self._seen: dict[Any, int] = {}
         self._eager = False
         if reason_for_eager is not None:
@@ -135,7 +136,7 @@ class CapturedStep:
 
     def _run_aside(self, parts: Sequence[Batch]) -> Tensor:
         """An eager step on a side stream, as warm-up before a capture wants it."""
-        stream = torch.cuda.Stream()
+        stream = self._aside = self._aside or torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             loss = self._run(parts)

@@ -173,7 +173,7 @@ class IVON(torch.optim.Optimizer):
         clip_ratio: float = 0.03,
         max_gap: float = 0.1,
         setup_steps: int = 10,
-        step_ratio: float = 0.5,
+        step_ratio: float = 0.7,
         beta2: float = 0.9998,
         weight_decay: float = 1e-6,
         **settings: Any,
@@ -197,8 +197,8 @@ class IVON(torch.optim.Optimizer):
                 (nats for a cross-entropy).
             setup_steps: steps that decide, >= 1.
             step_ratio: the largest step as a fraction of ``lr``. More elements take it than with AdamW,
-                whose typical step is 0.1 to 0.3 of its learning rate. The same searches want 0.4, where
-                ``lr`` is as large as AdamW bears, to 1.
+                whose typical step is 0.1 to 0.3 of its learning rate. The same searches want 0.7; take
+                0.4 where ``lr`` is the largest that AdamW bears.
             beta2: momentum of the Hessian, in [0, 1].
             weight_decay: δ, as for :class:`IVON`. AdamW's decay w is δ = w · clip_radius · hess_init.
             settings: further arguments of :class:`IVON`: ``beta1``, ``mc_samples``, ``sync``, ``debias``,

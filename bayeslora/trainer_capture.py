@@ -115,6 +115,7 @@ class _StepGraphs:
     def __init__(self, pad_lengths: Sequence[int], warmup: int, max_graphs: int) -> None:
         self.eager = False
         self._pad_lengths, self._warmup, self._max_graphs = pad_lengths, warmup, max_graphs
+        self._aside: Any = None  # the stream of eager steps: the allocator keeps memory by stream
         self._forget([])
 
     @property
@@ -161,7 +162,7 @@ class _StepGraphs:
 
     def _run_aside(self, step: _Step, inputs: dict[str, Any], num_items: Any) -> Tensor:
         """An eager step on a side stream, as warm-up before a recording wants it."""
-        stream = torch.cuda.Stream()
+        stream = self._aside = self._aside or torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             loss = self._run(step, inputs, num_items)

@@ -133,6 +133,15 @@ ROWS = (
         ("test_distributed.py::test_a_checkpoint_of_two_shards_resumes_on_two_and_on_one",),
     ),
     Row(
+        "`nn.DataParallel` (HF Trainer on several GPUs without a launcher)",
+        "PEFT's own layers, with one log line; MonteCLoRA is refused",
+        (
+            "test_data_parallel.py::"
+            "test_copies_give_the_models_loss_and_gradients_and_say_whose_forward_they_use",
+            "test_data_parallel.py::test_copies_of_monteclora_refuse_to_train_and_predict_at_the_mean",
+        ),
+    ),
+    Row(
         "DeepSpeed, FSDP1",
         "refused when the optimizer is built",
         ("test_distributed.py::test_deepspeed_and_fsdp1_are_refused_at_construction",),

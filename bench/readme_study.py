@@ -7,34 +7,44 @@ from typing import Any
 
 _COMMAND = "python bench/study.py --data NAME=TRAIN.jsonl,TEST.jsonl --workers 4"
 _POINT = ("adamw", "mean")
+_DEFAULT = "ivon_auto"
+_FORMER = "ivon_auto_0.4_1"  # like_adamw's former default, where the present one was not run
+_STAR = "*: like_adamw(step_ratio=0.4, snr=1), its former default."
 _OURS = (
     ("ivon", "mean"),
     ("ivon", "samples"),
     ("ivon", "pruned_samples"),
-    ("ivon_auto", "mean"),
-    ("ivon_auto", "samples"),
-    ("ivon_auto", "pruned_samples"),
+    (_DEFAULT, "mean"),
+    (_DEFAULT, "samples"),
+    (_DEFAULT, "pruned_samples"),
 )
 _SHORT = (
     _POINT,
     ("adamw", "early"),
     ("adamw", "temperature"),
+    ("weight_decay", "mean"),
+    ("dropout", "mc_dropout"),
     ("swag", "swag"),
     ("ensemble", "mean"),
     ("laplace", "linear_kfac"),
+    ("blob", "samples"),
+    ("monteclora", "mean"),
     ("ivon", "mean"),
     ("ivon", "samples"),
-    ("ivon_auto", "mean"),
-    ("ivon_auto", "samples"),
+    ("ivon", "pruned_samples"),
+    (_DEFAULT, "mean"),
+    (_DEFAULT, "samples"),
 )
 _FOREIGN = (
     _POINT,
     ("adamw", "temperature"),
     ("ensemble", "mean"),
+    ("laplace", "linear_kfac"),
     ("ivon", "mean"),
     ("ivon", "pruned"),
-    ("ivon_auto", "samples"),
-    ("ivon_auto", "pruned_samples"),
+    ("ivon", "samples"),
+    (_DEFAULT, "mean"),
+    (_DEFAULT, "pruned"),
 )
 WHERE = ("task", "data", "lora", "objective", "scoring")
 SCORES = {
@@ -86,8 +96,8 @@ def in_short(summary: Path, table: _Table) -> str:
     rows = _measured(json.loads(summary.read_text()))
     trained = [row for row in rows if row["task"] == row["data"]]
     way = _WAYS[rows[0]["objective"], rows[0]["scoring"]].capitalize()
-    note = f"{way}; means over seeds with standard errors."
-    return f"{_chosen(trained, _SHORT, table)}\n\n{note}"
+    note = f"Accuracy % / ECE % / NLL, means over 5 seeds, or as many as brackets say. {way}."
+    return f"{_by_task(trained, _SHORT, table)}\n\n{note} {_STAR}"
 
 
 def elsewhere(summary: Path, table: _Table) -> str:
@@ -99,17 +109,38 @@ def elsewhere(summary: Path, table: _Table) -> str:
     if not foreign:
         return "Not measured yet."
     trained = " and ".join(dict.fromkeys(row["task"] for row in foreign))
-    return f"{_chosen(foreign, _FOREIGN, table)}\n\nAdapters trained on {trained}; LoRA on q and v."
+    note = f"Accuracy % / ECE % / NLL of adapters trained on {trained}; LoRA on q and v."
+    return f"{_by_task(foreign, _FOREIGN, table)}\n\n{note}"
 
 
-def _chosen(rows: _Entries, kinds: Sequence[tuple[str, str]], table: _Table) -> str:
-    body = []
+def _by_task(rows: _Entries, kinds: Sequence[tuple[str, str]], table: _Table) -> str:
+    """A line a method, a column a data set."""
+    columns: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
     for row in rows:
-        if (row["method"], row["view"]) in kinds:
-            what = row["data"] + ("" if row["lora"] == "qv" else ", all linear layers")
-            cells = [cell(row, name) for name in ("accuracy", "ece", "nll")]
-            body.append([what, row["label"], *cells, str(row["runs"]), str(row["passes"])])
-    return table(["", "", "accuracy %", "ECE %", "NLL", "runs", "passes"], body)
+        name = row["data"] + ("" if row["lora"] == "qv" else ", all linear layers")
+        columns.setdefault(name, {})[row["method"], row["view"]] = row
+    body = []
+    for method, view in kinds:
+        found = {name: _default(column, method, view) for name, column in columns.items()}
+        entries = [entry for entry in found.values() if entry is not None]
+        if entries:  # named as the method is where it was run itself
+            named = min(entries, key=lambda entry: entry["method"] != method)
+            body.append([named["label"], *(_cell_of_three(entry, named) for entry in found.values())])
+    return table(["", *columns], body)
+
+
+def _default(column: dict[tuple[str, str], dict[str, Any]], method: str, view: str) -> dict[str, Any] | None:
+    """The row of a method; of like_adamw that of its former default where the present one was not run."""
+    former = column.get((_FORMER, view)) if method == _DEFAULT else None
+    return column.get((method, view), former)
+
+
+def _cell_of_three(entry: dict[str, Any] | None, named: dict[str, Any]) -> str:
+    if entry is None:
+        return ""
+    text = " / ".join(f"{scale * entry[name]['mean']:.{digits}f}" for name, _, scale, digits, _ in _METRICS)
+    text += "" if entry["runs"] == 5 or entry["method"] == "ensemble" else f" ({entry['runs']})"
+    return text + (" *" if entry["method"] != named["method"] else "")
 
 
 def _heading(entry: dict[str, Any]) -> str:
@@ -133,19 +164,20 @@ def _verdict(entries: _Entries) -> str:
     if _POINT not in found:
         return ""
     lines = []
-    for kind in _OURS:
-        if kind not in found:
+    for method, view in _OURS:
+        ours_row = _default(found, method, view)
+        if ours_row is None:
             continue
         words: dict[str, list[str]] = {"better": [], "no different": [], "worse": []}
         for name, label, scale, digits, sign in _METRICS:
-            ours, point = found[kind][name], found[_POINT][name]
+            ours, point = ours_row[name], found[_POINT][name]
             gain = sign * (ours["mean"] - point["mean"])
             error = ((ours["error"] or 0.0) ** 2 + (point["error"] or 0.0) ** 2) ** 0.5
             verdict = "no different" if abs(gain) <= 2 * error else "better" if gain > 0 else "worse"
             change = scale * (ours["mean"] - point["mean"])
             words[verdict].append(f"{label} {change:+.{digits}f}")
         text = "; ".join(f"{name}: {', '.join(items)}" for name, items in words.items() if items)
-        lines.append(f"- {found[kind]['label']} against AdamW, {text}.")
+        lines.append(f"- {ours_row['label']} against AdamW, {text}.")
     return "\n".join(lines)
 
 

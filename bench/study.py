@@ -152,6 +152,11 @@ class Study:
             return None
         return jobs[min(found)[1]]["options"]
 
+    def fixed(self, method: str) -> dict[str, Any]:
+        """The options that the method's grid does not search."""
+        grid = self.config["methods"][method].get("grid", {})
+        return {name: values[0] for name, values in grid.items() if len(values) == 1}
+
     def jobs(self, rows: Rows | None) -> Iterator[Job | None]:
         """All runs in order, each once; None where one waits for a search."""
         seen = set()
@@ -174,7 +179,7 @@ class Study:
                 found = self.search(task, method, known, stage)
                 yield from [None] if found is None else found
             choices = {
-                (task, method): {} if grid[0] else self.chosen(task, method, known, stage)
+                (task, method): self.fixed(method) if grid[0] else self.chosen(task, method, known, stage)
                 for task, method in product(tasks, methods)
             }
             seeds = range(min(stage["seeds"], self.arguments.seeds or stage["seeds"]))

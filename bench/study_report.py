@@ -16,7 +16,7 @@ from study_model import measured
 ALIKE = {  # the same steps
     "weight_decay": "adamw",
     "laplace": "adamw",
-    **dict.fromkeys(("ivon_auto_wide", "ivon_auto_0.4", "ivon_auto_1"), "ivon_auto"),
+    **dict.fromkeys(("ivon_auto_wide", "ivon_auto_0.5_0.5", "ivon_auto_0.4_1", "ivon_auto_1_1"), "ivon_auto"),
 }
 NAMES = ("accuracy", "ece", "nll", "brier")
 WAYS = {  # and what its heading says; the first in the tables' order
@@ -60,12 +60,13 @@ for _kind, _name in (("ivon", "IVON"), ("ivon_auto", "IVON.like_adamw")):
     LABELS |= {
         (_kind, f"pruned_scale_{s}"): f"{_name}, 10 samples, pruned 10%, variance x {s}" for s in SCALES
     }
-DEFAULTS = {"step_ratio": 0.5, "snr": 0.5}  # like_adamw's, and those before, by what a run did not name
+DEFAULTS = {"step_ratio": 0.7, "snr": 0.5}  # like_adamw's, and those before, by what a run did not name
 FORMER = {"step_ratio": 1.0, "snr": 1.0}
 OTHERS = {  # like_adamw's runs with other values, and what the label says of them
     "ivon_auto_wide": "like_adamw, steps and width searched",
-    "ivon_auto_0.4": "like_adamw(step_ratio=0.4, snr=1)",
-    "ivon_auto_1": "like_adamw(step_ratio=1, snr=1)",
+    "ivon_auto_0.5_0.5": "like_adamw(step_ratio=0.5, snr=0.5)",
+    "ivon_auto_0.4_1": "like_adamw(step_ratio=0.4, snr=1)",
+    "ivon_auto_1_1": "like_adamw(step_ratio=1, snr=1)",
 }
 LABELS |= {
     (other, view): label.replace("like_adamw", name)
@@ -112,12 +113,15 @@ def summarize(out: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     step_ms = {row["method"]: 1e3 * row["step_seconds"] for row in rows if row["split"] == "timing"}
     for method, like in ALIKE.items():
         step_ms.setdefault(method, step_ms.get(like))
-    groups = defaultdict(list)
+    groups: dict[Any, dict[int, dict[str, Any]]] = defaultdict(dict)
     for row in [*main_rows(rows), *ensembles(out, rows)]:
         where = tuple(row[name] for name in WHERE)
-        groups[where, _method(row), row["view"], row["steps"]].append(row)
+        groups[where, _method(row), row["view"], row["steps"]][row["seed"]] = row
+        if row["method"] == "ivon_auto_wide" and _setup(row) == DEFAULTS:  # the search chose the defaults
+            groups[where, "ivon_auto", row["view"], row["steps"]].setdefault(row["seed"], row)
     found = []
-    for (where, method, view, steps), runs in groups.items():
+    for (where, method, view, steps), of_seeds in groups.items():
+        runs = list(of_seeds.values())
         entry: dict[str, Any] = {**dict(zip(WHERE, where, strict=True)), "method": method, "view": view}
         label = LABELS.get((method, view), f"{method} {view}")
         entry |= {"steps": steps, "label": label, "options": runs[0]["options"]}
@@ -138,13 +142,17 @@ def summarize(out: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(found, key=place)
 
 
+def _setup(row: dict[str, Any]) -> dict[str, float]:
+    """The values of a run of like_adamw."""
+    return {name: row["options"].get(name, former) for name, former in FORMER.items()}
+
+
 def _method(row: dict[str, Any]) -> str:
     """A run's method; like_adamw's runs with other values than the defaults are each another."""
-    name, options = str(row["method"]), row["options"]
-    if name != "ivon_auto":
+    name = str(row["method"])
+    if name != "ivon_auto" or _setup(row) == DEFAULTS:
         return name
-    values = {key: options.get(key, former) for key, former in FORMER.items()}
-    return name if values == DEFAULTS else f"{name}_{values['step_ratio']:g}"
+    return "_".join([name, *(f"{value:g}" for value in _setup(row).values())])
 
 
 def heading(entries: list[dict[str, Any]]) -> str:
@@ -167,7 +175,7 @@ def robustness(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     kinds = {kind for cell in cells.values() for kind in cell}
     shared = [cell for cell in cells.values() if set(cell) == kinds]
     found = []
-    for kind in sorted(kinds if shared else ()):
+    for kind in sorted(kinds if shared and len(kinds) > 1 else ()):  # one method alone says nothing
         entry: dict[str, Any] = {"label": LABELS.get(kind, " ".join(kind)), "cells": len(shared)}
         for name in NAMES:
             values = [cell[kind][name] for cell in shared]

@@ -170,6 +170,22 @@ def test_host_sync_in_the_model_goes_eager_and_trains_on(caplog):
     torch.testing.assert_close(_weights(model), _weights(other), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.gpu
+def test_eager_steps_before_a_capture_hold_the_memory_of_one():
+    """The allocator keeps memory by stream: a stream for each step would hold a step's memory each time."""
+    model = torch.nn.Linear(1024, 1024, device="cuda")
+    opt = torch.optim.AdamW(model.parameters(), capturable=True)
+    step = capture_step(model, opt, loss_fn=lambda m, part: m(part["x"]).square().mean(), warmup=20)
+    part = {"x": torch.randn(16384, 1024, device="cuda")}  # 64 MB an activation
+    for _ in range(3):
+        step(part)
+    held = torch.cuda.memory_reserved()
+    for _ in range(8):
+        step(part)
+    assert step.captured == 0
+    assert torch.cuda.memory_reserved() < held + 2**25
+
+
 class _RecordedNothing:
     def __init__(self):
         self.replays = 0
