@@ -1,17 +1,20 @@
 """The LoRA linear layer as operators that ``torch.compile`` keeps whole: no graph break, one node a layer.
 
 ``bayeslora::lora_linear`` and ``bayeslora::lora_linear_backward`` are ``forward`` and ``backward`` of
-``lora_passes.py`` for one layer, with shapes for tracing and the one as the other's gradient. Eager code
-does not come here: calling a registered operator costs more host time than the autograd function.
+``lora_passes.py`` for one layer, with shapes for tracing and the one as the other's gradient. The same of
+several layers that read one tensor, ``bayeslora::lora_linear_group`` and its ``_backward``, stand in graphs
+that ``lora_graph_pass.py`` has gone over. Eager code does not come here: calling a registered operator costs
+more host time than the autograd function.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .lora_passes import Layer, LoraWeights, Needs, Saved, backward, forward
+from .lora_passes import Layer, LoraWeights, Needs, Saved, backward, forward, operands
 from .lora_products import cast
 
 
@@ -130,6 +133,82 @@ def _backward(ctx: Any, dy: Tensor | None, _dh: Tensor | None) -> tuple[Tensor |
 
 
 _lora_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("bayeslora::lora_linear_group", mutates_args=())
+def _lora_linear_group(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    scaling: float,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """Return every layer's y, then every layer's h, as `_lora_linear` of each without dropout."""
+    layers = [LoraWeights(*parts) for parts in zip(weights, biases, lora_as, lora_bs, strict=True)]
+    ys, _, hidden, _, _ = forward(x, layers, scaling, 0.0, None, dtype)
+    columns = hidden.split_with_sizes([lora_a.shape[0] for lora_a in lora_as], 1)
+    return [*ys, *(part.clone(memory_format=torch.contiguous_format) for part in columns)]
+
+
+@_lora_linear_group.register_fake
+def _(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    scaling: float,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    leading = x.shape[:-1]
+    ys = [x.new_empty(*leading, weight.shape[0], dtype=dtype) for weight in weights]
+    return ys + [x.new_empty(math.prod(leading), lora_a.shape[0], dtype=dtype) for lora_a in lora_as]
+
+
+@torch.library.custom_op("bayeslora::lora_linear_group_backward", mutates_args=())
+def _lora_linear_group_backward(
+    dys: Sequence[Tensor],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    hidden: Sequence[Tensor],
+    scaling: float,
+    needs_x: bool,
+) -> list[Tensor]:
+    """Return dx (empty where it is not needed), summed over the layers, every dA, then every dB."""
+    dtype, wanted = dys[0].dtype, [True] * len(dys)
+    parts = zip(weights, [None] * len(dys), lora_as, lora_bs, strict=True)
+    _, _, lora_a, cast_bs = operands([LoraWeights(*layer) for layer in parts], dtype)
+    flat = cast(x, dtype).reshape(-1, x.shape[-1])
+    saved = Saved(flat, torch.cat(list(hidden), 1), None, lora_a, cast_bs, weights)
+    dtypes = [(a.dtype, b.dtype) for a, b in zip(lora_as, lora_bs, strict=True)]
+    with torch.autocast(dys[0].device.type, enabled=False):
+        dx, das, dbs = backward(dys, saved, Needs(needs_x, wanted, wanted), dtypes, scaling, 0.0)
+    gradients = [_apart(part) for part in (*das, *dbs) if part is not None]
+    return [x.new_empty(0) if dx is None else cast(dx, x.dtype).view(x.shape), *gradients]
+
+
+def _apart(part: Tensor) -> Tensor:
+    """Return ``part`` in memory of its own: an operator's outputs may not share theirs."""
+    return part if part.untyped_storage().nbytes() == part.nbytes else part.clone()
+
+
+@_lora_linear_group_backward.register_fake
+def _(
+    dys: Sequence[Tensor],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    hidden: Sequence[Tensor],
+    scaling: float,
+    needs_x: bool,
+) -> list[Tensor]:
+    dx = x.new_empty(x.shape if needs_x else (0,))
+    return [dx, *(part.new_empty(part.shape) for part in (*lora_as, *lora_bs))]
 
 
 def compiled_lora_linear(

@@ -35,7 +35,7 @@ Layer = LoraWeights | tuple[Tensor, Tensor | None, Tensor, Tensor]
 """The tensors of one layer as the passes take them: only ever unpacked."""
 
 
-def _operands(
+def operands(
     layers: Sequence[Layer], dtype: torch.dtype
 ) -> tuple[Sequence[Tensor], Sequence[Tensor | None], Tensor, Sequence[Tensor]]:
     """Return the layers' weights, biases, A stacked and B in ``dtype``: at most one launch for A and B."""
@@ -80,7 +80,7 @@ def forward(
     x = x.contiguous()
     *leading, k = x.shape
     flat = x if len(leading) == 1 else x.view(-1, k)
-    weights, biases, lora_a, lora_bs = _operands(layers, dtype)
+    weights, biases, lora_a, lora_bs = operands(layers, dtype)
     route = kernel_route("forward", flat, weights, lora_a.shape[0]) if seed is None else None
     if route is not None:
         from .kernels.lora_layer import lora_forward

@@ -328,7 +328,9 @@ def patch(model: _Model, adapter_name: str | None = None) -> _Model:
     Training, saving, loading, merging, switching and disabling adapters work as before. A patched layer
     computes its LoRA term in the activations' dtype (autocast's under autocast), also where the adapter is
     fp32. Layers of one module that read the same input (q, k and v; gate and up) are computed in one call
-    and then share one dropout mask, where PEFT draws one a layer.
+    and then share one dropout mask, where PEFT draws one a layer. Under ``torch.compile`` a pass over
+    inductor's graphs does so for layers without dropout, in ``torch._inductor.config``'s place
+    ``post_grad_custom_pre_pass`` unless somebody's own is there.
 
     Layers whose ``LoraConfig`` has a ``monteclora_config`` draw their noise together, once a forward of
     ``model`` (see `bayeslora.configure_monteclora`), and PEFT's ``MontecloraTrainerMixin`` gets the loss of
@@ -375,12 +377,20 @@ def patch(model: _Model, adapter_name: str | None = None) -> _Model:
         else:
             left[reason] += 1
     add_groups(model, FusedLoraLinear)
+    _group_compiled_layers()
     patched = len(layers) - left.total()
     detail = ", ".join(f"{reason}: {count}" for reason, count in left.most_common())
     _logger.info(
         "patched %d of %d LoRA layers%s", patched, len(layers), f"; left to PEFT: {detail}" if left else ""
     )
     return model
+
+
+def _group_compiled_layers() -> None:
+    """Have inductor group the layers of compiled models."""
+    from .lora_graph_pass import install  # torch.compile's own modules, which only a patched model needs
+
+    install()
 
 
 def unpatch(model: _Model) -> _Model:

@@ -223,7 +223,7 @@ def fit_model(
     for step in range(steps):
         if step == steps // 2:
             half = done.seconds + clock() - start
-        if job["split"] == "timing":
+        if job.get("split") == "timing":
             times.append(clock())
         set_lr(opt, job["options"]["lr"] * factor(step, steps, config["warmup"], done.swag is not None))
         losses.append(step_fn(collate([fit[i] for i in next(batches)], choices, fixed=on_gpu)))

@@ -1,0 +1,205 @@
+"""Under inductor: layers that read one tensor become one node of the compiled graph.
+
+Eager calls are grouped as they happen (``lora_group.py``), which Dynamo cannot follow through a module's
+state. Here the graph is at hand: `LoraGroupPass` runs over each graph that inductor compiles, forward or
+backward, after autograd has been traced, and joins nodes of ``lora_ops.py`` that have the same x:
+
+- ``lora_linear`` (several) -> ``lora_linear_group``: x read once for the layers' h;
+- ``lora_linear_backward`` (several) -> ``lora_linear_group_backward``: x read once for dA, and one dx in
+  place of the sum of theirs, which is found and taken out.
+
+Nodes stay apart where joining would change what they compute or when it can be: dropout (each node has a
+mask of its own), gradients not all wanted, operands that come after the first forward node, a dy that
+depends on another of the nodes, dx's that anything but their sum reads. Inductor alone runs such passes;
+other backends compile a node a layer.
+"""
+
+import operator
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._inductor import config
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+from . import lora_ops
+
+_FORWARD = torch.ops.bayeslora.lora_linear.default
+_BACKWARD = torch.ops.bayeslora.lora_linear_backward.default
+_ADD = torch.ops.aten.add.Tensor
+
+Order = dict[fx.Node, int]
+
+
+class LoraGroupPass(CustomGraphPass):
+    """The pass, in the form that inductor calls and caches compiled graphs by."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        """Go over a graph that inductor is about to compile."""
+        group_layers(graph)
+
+    def uuid(self) -> Any:
+        """Return what tells one version of the pass from another."""
+        return get_hash_for_files((__file__, lora_ops.__file__))
+
+
+def install() -> None:
+    """Have inductor run the pass from now on, unless its place is taken by somebody else's."""
+    if config.post_grad_custom_pre_pass is None:
+        config.post_grad_custom_pre_pass = LoraGroupPass()
+
+
+def group_layers(graph: fx.Graph) -> int:
+    """Join what can be joined, in place; return the number of groups made."""
+    made = 0
+    for target, join in ((_FORWARD, _join_forward), (_BACKWARD, _join_backward)):
+        alike: dict[Any, list[fx.Node]] = defaultdict(list)
+        for node in graph.find_nodes(op="call_function", target=target):
+            key = _key(node)
+            if key is not None:
+                alike[key].append(node)
+        order = {node: i for i, node in enumerate(graph.nodes)}
+        made += sum(join(graph, nodes, order) for nodes in alike.values() if len(nodes) > 1)
+    if made:
+        graph.lint()
+    return made
+
+
+def _key(node: fx.Node) -> Any:
+    """Return what nodes of a group have in common, or None for a node that joins none."""
+    if node.kwargs or any(user.target is not operator.getitem for user in node.users):
+        return None
+    if node.target is _FORWARD:
+        x, _, _, _, _, scaling, dropout_p, seed, dtype = node.args
+        return None if dropout_p or seed is not None else (x, scaling, dtype)
+    _, x, _, _, _, _, scaling, dropout_p, seed, needs_x, *needs = node.args
+    return None if dropout_p or seed is not None or not all(needs) else (x, scaling, needs_x)
+
+
+def _parts(node: fx.Node) -> dict[int, fx.Node]:
+    """Return the one node that takes each output of ``node``; of those that are taken."""
+    return {user.args[1]: user for user in node.users}  # type: ignore[misc]
+
+
+def _outputs(graph: fx.Graph, group: fx.Node, values: Sequence[Any]) -> list[fx.Node]:
+    """Add a node for each output of ``group``, behind it."""
+    group.meta["val"] = list(values)
+    nodes = []
+    with graph.inserting_after(group):
+        for i, value in reversed(list(enumerate(values))):
+            nodes.append(graph.call_function(operator.getitem, (group, i)))
+            nodes[-1].meta["val"] = value
+    return nodes[::-1]
+
+
+def _replace(graph: fx.Graph, nodes: Iterable[fx.Node], replaced: Sequence[tuple[fx.Node, fx.Node]]) -> None:
+    """Give the users of old outputs the new ones, and take old outputs and ``nodes`` out."""
+    for old, new in replaced:
+        old.replace_all_uses_with(new)
+    for node in nodes:
+        for user in list(node.users):
+            graph.erase_node(user)
+        graph.erase_node(node)
+
+
+def _join_forward(graph: fx.Graph, nodes: list[fx.Node], order: Order) -> bool:
+    first = min(nodes, key=order.__getitem__)
+    nodes = [node for node in nodes if all(order[operand] < order[first] for operand in node.all_input_nodes)]
+    if len(nodes) < 2 or any(_takes_twice(node) for node in nodes):
+        return False
+    x, _, _, _, _, scaling, _, _, dtype = first.args
+    weights, biases, lora_as, lora_bs = (
+        list(column) for column in zip(*(n.args[1:5] for n in nodes), strict=True)
+    )
+    with graph.inserting_before(first):
+        group = graph.call_function(
+            torch.ops.bayeslora.lora_linear_group.default,
+            (x, weights, biases, lora_as, lora_bs, scaling, dtype),
+        )
+    kept = [node.meta["val"][part] for part in (0, 1) for node in nodes]
+    outputs = _outputs(graph, group, kept)
+    new = {(node, part): outputs[i + part * len(nodes)] for i, node in enumerate(nodes) for part in (0, 1)}
+    _replace(graph, nodes, [(old, new[node, i]) for node in nodes for i, old in _parts(node).items()])
+    return True
+
+
+def _join_backward(graph: fx.Graph, nodes: list[fx.Node], order: Order) -> bool:
+    last = max(nodes, key=order.__getitem__)
+    if any(_takes_twice(node) for node in nodes) or _depend_on_each_other(nodes, order):
+        return False
+    n, needs_x = len(nodes), bool(last.args[9])
+    adds: list[fx.Node] = []
+    if needs_x:
+        found = _sum_of([_parts(node).get(0) for node in nodes])
+        if found is None:
+            return False
+        adds = found
+    inside = {*nodes, *adds}
+    readers = (user for node in nodes for part in node.users for user in part.users)
+    if any(order[reader] < order[last] for reader in readers if reader not in inside):
+        return False
+    dys, _, weights, lora_as, lora_bs, hidden = (
+        list(column) for column in zip(*(node.args[:6] for node in nodes), strict=True)
+    )
+    with graph.inserting_before(last):
+        group = graph.call_function(
+            torch.ops.bayeslora.lora_linear_group_backward.default,
+            (dys, last.args[1], weights, lora_as, lora_bs, hidden, last.args[6], needs_x),
+        )
+    kept = [last.meta["val"][0], *(node.meta["val"][part] for part in (1, 2) for node in nodes)]
+    dx, *outputs = _outputs(graph, group, kept)
+    if adds:
+        adds[-1].replace_all_uses_with(dx)
+        for add in reversed(adds):
+            graph.erase_node(add)
+    new = {(node, part): outputs[i + (part - 1) * n] for i, node in enumerate(nodes) for part in (1, 2)}
+    parts = [(node, i, old) for node in nodes for i, old in _parts(node).items()]
+    _replace(graph, nodes, [(old, new[node, i]) for node, i, old in parts if i > 0])
+    return True
+
+
+def _takes_twice(node: fx.Node) -> bool:
+    """Tell whether one output of ``node`` is taken by two nodes, which `_parts` would confuse."""
+    return len(_parts(node)) != len(node.users)
+
+
+def _sum_of(terms: Sequence[fx.Node | None]) -> list[fx.Node] | None:
+    """Return the additions whose result is the sum of ``terms`` and of nothing else, the whole sum last.
+
+    None where there are none: a term that is missing, added to something else, or read twice.
+    """
+    left = set(terms)
+    if None in left or len(left) != len(terms):
+        return None
+    adds: list[fx.Node] = []
+    while len(left) > 1:
+        for term in left:
+            assert term is not None
+            (reader,) = term.users if len(term.users) == 1 else (None,)
+            if reader is not None and reader.target is _ADD and not reader.kwargs and len(reader.args) == 2:
+                a, b = reader.args
+                if a is not b and a in left and b in left and len(a.users) == len(b.users) == 1:  # type: ignore[union-attr]
+                    break
+        else:
+            return None
+        left -= {a, b}  # type: ignore[arg-type]
+        left.add(reader)
+        adds.append(reader)
+    return adds
+
+
+def _depend_on_each_other(nodes: Sequence[fx.Node], order: Order) -> bool:
+    """Tell whether an operand of one of ``nodes`` is computed from another's output."""
+    members, end = set(nodes), max(order[node] for node in nodes)
+    for node in nodes:
+        seen, waiting = {node}, [node]
+        while waiting:
+            for user in waiting.pop().users:
+                if user in members:
+                    return True
+                if user not in seen and order[user] < end:
+                    seen.add(user)
+                    waiting.append(user)
+    return False

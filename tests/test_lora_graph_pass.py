@@ -1,0 +1,263 @@
+"""Layers that read one tensor become one node of a compiled graph, and compute what they did apart."""
+
+import copy
+import operator
+import shutil
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from peft import LoraConfig, get_peft_model
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor import config
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from bayeslora import lora_graph_pass, lora_ops, patch
+
+GROUPED = (
+    torch.ops.bayeslora.lora_linear_group.default,
+    torch.ops.bayeslora.lora_linear_group_backward.default,
+)
+SINGLE = (torch.ops.bayeslora.lora_linear.default, torch.ops.bayeslora.lora_linear_backward.default)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def _llama(device, dtype=torch.float64, **lora):
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=32,
+        )
+    ).to(device, dtype)
+    lora = {"r": 3, "target_modules": "all-linear", **lora}
+    model = patch(get_peft_model(base, LoraConfig(**lora), autocast_adapter_dtype=False))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.train()
+
+
+def _tokens(device):
+    return torch.randint(32, (2, 7), generator=torch.Generator().manual_seed(1)).to(device)
+
+
+def _results(model, call, tokens):
+    model.zero_grad()
+    logits = call(input_ids=tokens, use_cache=False).logits
+    logits.square().mean().backward()
+    return [logits.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+class Counted:
+    """A compiler that runs the pass, and counts the nodes before and after."""
+
+    def __init__(self, passes=True):
+        self.passes, self.nodes = passes, []
+        self.backend = aot_autograd(
+            fw_compiler=self.compile, partition_fn=min_cut_rematerialization_partition
+        )
+
+    def compile(self, graph_module, _inputs):
+        if self.passes:
+            lora_graph_pass.group_layers(graph_module.graph)
+            graph_module.recompile()
+        targets = [node.target for node in graph_module.graph.nodes]
+        self.nodes.append({target: targets.count(target) for target in (*SINGLE, *GROUPED)})
+        return make_boxed_func(graph_module.forward)
+
+
+@pytest.fixture
+def one_node_a_layer(monkeypatch):
+    """Compiled layers are operators at any size; small ones would be torch's own operators."""
+    monkeypatch.setattr("bayeslora.patching.chain_serves", lambda x, call: False)
+
+
+@pytest.mark.parametrize("adapters", [torch.float64, torch.float32], ids=["one dtype", "fp32 adapters"])
+def test_groups_of_a_model_compute_what_their_layers_do(adapters, device, one_node_a_layer):
+    model = _llama(device)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(adapters)
+    tokens, counted = _tokens(device), Counted()
+    expected = _results(model, torch.compile(model, backend=Counted(passes=False).backend), tokens)
+    torch._dynamo.reset()
+    found = _results(model, torch.compile(model, backend=counted.backend, fullgraph=True), tokens)
+    forward, backward = counted.nodes
+    assert [forward[kind] for kind in (SINGLE[0], GROUPED[0])] == [4, 4]  # o and down; qkv, gate and up
+    assert [backward[kind] for kind in (SINGLE[1], GROUPED[1])] == [4, 4]
+    assert len(found) == len(expected) == 29
+    for got, want in zip(found, expected, strict=True):
+        assert got.dtype == want.dtype
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-8)
+
+
+def test_a_graph_without_gradients_is_grouped_too(device, one_node_a_layer):
+    model, counted, tokens = _llama(device).eval(), Counted(), _tokens(device)
+    with torch.no_grad():
+        expected = model(input_ids=tokens).logits
+        found = torch.compile(model, backend=counted.backend)(input_ids=tokens).logits
+    assert counted.nodes[0][GROUPED[0]] == 4
+    torch.testing.assert_close(found, expected)
+
+
+def test_layers_with_dropout_stay_apart(device, one_node_a_layer):
+    model, counted = _llama(device, lora_dropout=0.3), Counted()
+    _results(model, torch.compile(model, backend=counted.backend), _tokens(device))
+    assert [sum(nodes[kind] for kind in GROUPED) for nodes in counted.nodes] == [0, 0]
+
+
+def _weights(count, device):
+    draw = torch.Generator().manual_seed(3)
+    shapes = (6, 5), (2, 5), (6, 2)
+    sets = [
+        [torch.randn(shape, generator=draw, dtype=torch.float64) for shape in shapes] for _ in range(count)
+    ]
+    return [tuple(tensor.to(device).requires_grad_(i > 0) for i, tensor in enumerate(set_)) for set_ in sets]
+
+
+def _call(x, weights):
+    return lora_ops.compiled_lora_linear(x, (weights[0], None, *weights[1:]), 2.0, 0.0, None, x.dtype)
+
+
+def _product_of_two(x, weights):
+    first = _call(x, weights[0]).sin()
+    return first * _call(x, weights[1])
+
+
+def _two_of_three(x, weights):
+    """The third layer's gradient of x comes between the two's: theirs have no sum of their own."""
+    return _call(x, weights[0]) + _call(x, weights[1]) + _call(x * 2, weights[2])
+
+
+def _frozen_adapter(x, weights):
+    return _product_of_two(x, weights)
+
+
+@pytest.mark.parametrize(
+    ("function", "forwards", "backwards"),
+    [(_product_of_two, 1, 1), (_two_of_three, 1, 0), (_frozen_adapter, 1, 0)],
+)
+def test_what_can_be_joined_and_what_not(function, forwards, backwards, device):
+    weights = _weights(3, device)
+    x = torch.randn(4, 5, generator=torch.Generator().manual_seed(4), dtype=torch.float64).to(device)
+    x.requires_grad_()
+    if function is _frozen_adapter:
+        weights[1][1].requires_grad_(False)
+    tensors = [t for t in (x, *(t for set_ in weights for t in set_[1:])) if t.requires_grad]
+    results, counts = [], []
+    for passes in (False, True):
+        torch._dynamo.reset()
+        counted = Counted(passes)
+        out = torch.compile(function, backend=counted.backend, fullgraph=True)(x, weights)
+        gradients = torch.autograd.grad(out.square().sum(), tensors, allow_unused=True)
+        results.append([out, *(g for g in gradients if g is not None)])
+        counts.append([nodes[kind] for nodes, kind in zip(counted.nodes, GROUPED, strict=True)])
+    assert counts == [[0, 0], [forwards, backwards]]
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def _graph_of(build):
+    graph = torch.fx.Graph()
+    names = ["x", "dy", "w", "a", "b", "h"]
+    values = {name: graph.placeholder(name) for name in names}
+    build(graph, values)
+    return graph
+
+
+def test_a_gradient_that_waits_for_anothers_is_not_joined_with_it():
+    def build(graph, values):
+        first = graph.call_function(SINGLE[1], _arguments(values, values["dy"]))
+        first.meta["val"] = (torch.empty(1),) * 3
+        dx = graph.call_function(operator.getitem, (first, 0))
+        second = graph.call_function(SINGLE[1], _arguments(values, dx))
+        second.meta["val"] = (torch.empty(1),) * 3
+        graph.output(graph.call_function(operator.getitem, (second, 0)))
+
+    graph = _graph_of(build)
+    assert lora_graph_pass.group_layers(graph) == 0
+
+
+@pytest.mark.parametrize("read_alone", [False, True])
+def test_only_gradients_that_are_added_and_read_nowhere_else_become_one(read_alone):
+    def build(graph, values):
+        parts = []
+        for _ in range(3):
+            node = graph.call_function(SINGLE[1], _arguments(values, values["dy"]))
+            node.meta["val"] = (torch.empty(1),) * 3
+            parts.append(graph.call_function(operator.getitem, (node, 0)))
+        total = graph.call_function(torch.ops.aten.add.Tensor, (parts[2], parts[0]))
+        total = graph.call_function(torch.ops.aten.add.Tensor, (parts[1], total))
+        graph.output((total, parts[0]) if read_alone else (total,))
+
+    graph = _graph_of(build)
+    assert lora_graph_pass.group_layers(graph) == (not read_alone)
+    adds = [node for node in graph.nodes if node.target is torch.ops.aten.add.Tensor]
+    assert len(adds) == (2 if read_alone else 0)
+
+
+def _arguments(values, dy):
+    return (dy, *(values[name] for name in ("x", "w", "a", "b", "h")), 2.0, 0.0, None, True, True, True)
+
+
+@pytest.mark.parametrize("needs_x", [False, True])
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.float64], ids=str)
+def test_the_registered_operators_keep_their_promises(needs_x, adapter_dtype, device):
+    draw = torch.Generator().manual_seed(5)
+
+    def tensor(*shape, dtype=torch.float32):
+        return torch.randn(*shape, generator=draw).to(device, dtype)
+
+    x, sizes, ranks = tensor(2, 3, 10), (6, 4), (3, 2)
+    weights, biases = [tensor(10, n).t() for n in sizes], [tensor(6), None]
+    lora_as = [tensor(r, 10, dtype=adapter_dtype) for r in ranks]
+    lora_bs = [tensor(n, r, dtype=adapter_dtype) for n, r in zip(sizes, ranks, strict=True)]
+    arguments = (x, weights, biases, lora_as, lora_bs, 1.7, torch.float32)
+    torch.library.opcheck(lora_ops._lora_linear_group, arguments)
+    hidden = lora_ops._lora_linear_group(*arguments)[2:]
+    dys = [tensor(2, 3, n) for n in sizes]
+    arguments = (dys, x, weights, lora_as, lora_bs, hidden, 1.7, needs_x)
+    torch.library.opcheck(lora_ops._lora_linear_group_backward, arguments)
+
+
+def test_patch_takes_inductors_place_for_the_pass_unless_it_is_taken(device):
+    with config.patch(post_grad_custom_pre_pass=None):
+        _llama(device)
+        installed = config.post_grad_custom_pre_pass
+        assert isinstance(installed, lora_graph_pass.LoraGroupPass)
+        assert installed.uuid() == copy.deepcopy(installed).uuid()
+    with config.patch(post_grad_custom_pre_pass=len):
+        _llama(device)
+        assert config.post_grad_custom_pre_pass is len
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() and shutil.which("g++") is None, reason="needs a C++ compiler"
+)
+def test_inductor_runs_the_pass(device, one_node_a_layer, monkeypatch):
+    made = []
+    group = lora_graph_pass.group_layers
+    monkeypatch.setattr(lora_graph_pass, "group_layers", lambda graph: made.append(group(graph)))
+    model = _llama(device, torch.float32)
+    block = model.base_model.model.model.layers[0].mlp
+    x = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(2)).to(device)
+    results = []
+    for call in (block, torch.compile(block, fullgraph=True)):
+        model.zero_grad()
+        y = call(x.requires_grad_())
+        y.square().sum().backward()
+        results.append([y, *(p.grad for p in block.parameters() if p.grad is not None)])
+    assert made == [1, 1]  # forward and backward
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
