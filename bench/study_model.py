@@ -27,7 +27,7 @@ from bayeslora.scoring import EncodedQuestion, encode
 LENGTHS = (64, 128, 256, 512, 1024, 2048)
 _SCORED = 64  # tokens a question, of the smaller of the two tables that training batches are padded to
 _LONGEST = 512  # tokens of a choice with its question; longer questions lose their beginning
-_ROWS = 4096  # scored tokens that go through the vocabulary projection together, in prediction
+_ROWS = 1024  # scored tokens that go through the vocabulary projection together, in prediction
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = "bfloat16" if DEVICE.type == "cuda" else "float32"
 _PASS_TOKENS = 32768 if DEVICE.type == "cuda" else 2048
