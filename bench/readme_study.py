@@ -46,6 +46,15 @@ _FOREIGN = (
     (_DEFAULT, "mean"),
     (_DEFAULT, "pruned"),
 )
+_TITLES = {
+    "arc_easy": "ARC-Easy",
+    "openbookqa": "OpenBookQA",
+    "sst2": "SST-2",
+    "boolq": "BoolQ",
+    "mmlu": "MMLU",
+    "arc_challenge": "ARC-Challenge",
+    "mmlu_college": "MMLU, college subjects",
+}
 WHERE = ("task", "data", "lora", "objective", "scoring")
 SCORES = {
     "mean_loglik": "log-likelihood a token",
@@ -108,7 +117,7 @@ def elsewhere(summary: Path, table: _Table) -> str:
     foreign = [row for row in rows if row["task"] != row["data"] and row["lora"] == "qv"]
     if not foreign:
         return "Not measured yet."
-    trained = " and ".join(dict.fromkeys(row["task"] for row in foreign))
+    trained = " and ".join(dict.fromkeys(_title(row["task"]) for row in foreign))
     note = f"Accuracy % / ECE % / NLL of adapters trained on {trained}; LoRA on q and v."
     return f"{_by_task(foreign, _FOREIGN, table)}\n\n{note}"
 
@@ -117,7 +126,7 @@ def _by_task(rows: _Entries, kinds: Sequence[tuple[str, str]], table: _Table) ->
     """A line a method, a column a data set."""
     columns: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
     for row in rows:
-        name = row["data"] + ("" if row["lora"] == "qv" else ", all linear layers")
+        name = _title(row["data"]) + ("" if row["lora"] == "qv" else ", all linear layers")
         columns.setdefault(name, {})[row["method"], row["view"]] = row
     body = []
     for method, view in kinds:
@@ -127,6 +136,11 @@ def _by_task(rows: _Entries, kinds: Sequence[tuple[str, str]], table: _Table) ->
             named = min(entries, key=lambda entry: entry["method"] != method)
             body.append([named["label"], *(_cell_of_three(entry, named) for entry in found.values())])
     return table(["", *columns], body)
+
+
+def _title(task: str) -> str:
+    """Return a task's name as its authors write it."""
+    return _TITLES.get(task, task)
 
 
 def _default(column: dict[tuple[str, str], dict[str, Any]], method: str, view: str) -> dict[str, Any] | None:
@@ -144,9 +158,9 @@ def _cell_of_three(entry: dict[str, Any] | None, named: dict[str, Any]) -> str:
 
 
 def _heading(entry: dict[str, Any]) -> str:
-    title = f"**{entry['task']}**"
+    title = f"**{_title(entry['task'])}**"
     if entry["data"] != entry["task"]:
-        title = f"**{entry['data']}**, adapters trained on {entry['task']}"
+        title = f"**{_title(entry['data'])}**, adapters trained on {_title(entry['task'])}"
     title += "" if entry["lora"] == "qv" else ", LoRA on all linear layers"
     return f"{title}, {entry['questions']:,} questions; {_WAYS[entry['objective'], entry['scoring']]}"
 
