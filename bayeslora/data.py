@@ -125,14 +125,14 @@ def _field(row: Mapping[str, Any], key: str, where: str) -> Any:
 
 
 def _answer_index(answer: Any, choices: Sequence[str], labels: Sequence[str] | None, where: str) -> int:
-    """The index an answer means: an index as it is; else a choice's text, the row's label, or a letter."""
+    """The index an answer means: an index as it is; else the row's label, a choice's text, or a letter."""
     if isinstance(answer, int) and not isinstance(answer, bool):
         if 0 <= answer < len(choices):
             return answer
         raise ValueError(f"{where}: answer must be an index in [0, {len(choices) - 1}]; got {answer}")
     if isinstance(answer, str):
         text, letters = answer.strip(), [letter(i) for i in range(len(choices))]
-        for names in ([choice.strip() for choice in choices], list(labels or []), letters):
+        for names in (list(labels or []), [choice.strip() for choice in choices], letters):
             if names.count(text) > 1:
                 raise ValueError(f"{where}: answer {answer!r} is the text of several choices; give its index")
             if text in names:

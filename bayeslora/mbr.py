@@ -99,6 +99,12 @@ def decode(
         rows: Any = [[utility(h, r) for r in unique] for h in unique]  # type: ignore[arg-type, call-arg]
     else:
         rows = utility(unique, unique)  # type: ignore[arg-type]
+    rows = torch.as_tensor(rows, dtype=torch.float64).cpu()
+    if rows.shape != (len(unique), len(unique)):
+        raise ValueError(
+            f"utility returned shape {tuple(rows.shape)}; return {(len(unique), len(unique))}, hypotheses by "
+            "references (or pass pairwise=True)"
+        )
     by_text = torch.zeros(len(unique), dtype=torch.float64).index_add_(0, where, shares)
     expected = expected_utility(rows, by_text)[where]
     index = int(expected.argmax())
@@ -262,7 +268,7 @@ def _shares(weights: Sequence[float] | Tensor | None, count: int) -> Tensor:
 
 
 def _check_candidates(candidates: Sequence[str]) -> None:
-    if isinstance(candidates, str) or not candidates:
+    if isinstance(candidates, str) or not len(candidates):
         raise ValueError("candidates must be a sequence of at least one text")
     for i, text in enumerate(candidates):
         if not isinstance(text, str) or not text.strip():

@@ -5,7 +5,7 @@ holds zero) and ``labels`` of shape ``(N,)`` (the index of the right class), and
 [0, 1] or nats, never percent. They may lie on any device, in any floating dtype and any integer dtype.
 A ``ValueError`` says which of the two does not fit, and how.
 
-torchmetrics computes accuracy and calibration error and matplotlib draws; both come with
+torchmetrics computes accuracy and matplotlib draws; both come with
 ``pip install "bayeslora[demo]"`` and are imported on first use (``ModuleNotFoundError`` without them).
 """
 
@@ -60,7 +60,7 @@ def ece(probs: Tensor, labels: Tensor, num_bins: int = 15) -> float:
     """Return the expected calibration error, in [0, 1].
 
     ``ECE = Σ_b (n_b / N) |accuracy_b - confidence_b|`` over ``num_bins`` equal bins of the top class's
-    probability (Guo et al. 2017, https://arxiv.org/abs/1706.04599).
+    probability (Guo et al. 2017, https://arxiv.org/abs/1706.04599), those of :func:`reliability_bins`.
 
     Args:
         probs: ``(N, C)`` class probabilities.
@@ -70,18 +70,7 @@ def ece(probs: Tensor, labels: Tensor, num_bins: int = 15) -> float:
     Raises:
         ValueError: ``probs`` are no probabilities, ``labels`` do not fit them, or ``num_bins`` is not >= 1.
     """
-    probs, labels = _checked(probs, labels)
-    _check_bins(num_bins)
-    classification = _require("torchmetrics.functional.classification")
-    below_one = torch.finfo(torch.float64).eps
-    error = classification.multiclass_calibration_error(
-        probs.double().clamp(max=1 - below_one),  # torchmetrics gives exactly 1 a bin of its own
-        labels,
-        num_classes=probs.shape[1],
-        n_bins=num_bins,
-        norm="l1",
-    )
-    return float(error)
+    return reliability_bins(probs, labels, num_bins).ece  # torchmetrics gives exactly 1 a bin of its own
 
 
 def nll(probs: Tensor, labels: Tensor) -> float:
@@ -159,7 +148,7 @@ class ReliabilityBins:
     def ece(self) -> float:
         """The expected calibration error these bins give, in [0, 1]."""
         gap = (self.accuracy - self.confidence).abs().nan_to_num(0.0)
-        return float((self.count / self.count.sum() * gap).sum())
+        return float((self.count.double() / self.count.sum() * gap).sum())
 
 
 def reliability_bins(probs: Tensor, labels: Tensor, num_bins: int = 15) -> ReliabilityBins:

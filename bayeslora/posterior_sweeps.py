@@ -145,11 +145,14 @@ def prune_sweep(
 ) -> Sweep:
     """Measure the predictions at each pruning ratio; see :meth:`Posterior.prune_sweep`."""
     _require_gaussians(posterior)
+    ratios = [float(ratio) for ratio in ratios]
     for ratio in ratios:
         if not 0.0 <= ratio < 1.0:
             raise ValueError(f"ratios must be in [0, 1), got {ratio!r}")
     if not ratios:
         raise ValueError("ratios is empty: pass at least one")
+    if num_samples < 0:
+        raise ValueError(f"num_samples must be >= 0, got {num_samples!r}")
     predictions = _predictions(posterior, data)
     rows: list[dict[str, Any]] = []
     for how, seeds in ((UNCERTAINTY, [None]), (RANDOM, list(random_seeds))):
@@ -168,6 +171,7 @@ def variance_sweep(
     num_samples: int,
 ) -> Sweep:
     """Measure the predictions at each scale of the variance; see :meth:`Posterior.variance_sweep`."""
+    scales = [float(scale) for scale in scales]
     for scale in scales:
         if not 0.0 <= scale < math.inf:
             raise ValueError(f"scales must be finite and >= 0, got {scale!r}")

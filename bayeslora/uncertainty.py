@@ -141,7 +141,7 @@ def sequence_scores(probs: Tensor, tokens: Tensor, mask: Tensor | None = None) -
     if tokens.shape != probs.shape[1:3] or tokens.is_floating_point():
         wanted = tuple(probs.shape[1:3])
         raise ValueError(f"tokens are {tokens.dtype} of shape {tuple(tokens.shape)}; pass integers {wanted}")
-    tokens = tokens.to(probs.device)
+    tokens = tokens.to(probs.device, torch.int64)
     keep = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.to(probs.device).bool()
     if keep.shape != tokens.shape or not bool(keep.any(-1).all()):
         raise ValueError(f"mask has shape {tuple(keep.shape)}; pass {tuple(tokens.shape)}, one True a row")
@@ -272,13 +272,12 @@ def ood_plot(
     figure = _require("matplotlib.figure").Figure(figsize=(4.4, 4.2), layout="constrained")
     axis = figure.subplots()
     for color, (name, (inside, outside)) in zip(_cycled(len(scores)), scores.items(), strict=True):
-        thresholds = torch.cat([_vector("scores", inside), _vector("scores", outside)]).unique().flip(0)
-        rates = [
-            torch.cat(
-                [torch.zeros(1).double(), (part.double()[None] >= thresholds[:, None]).double().mean(1)]
-            )
-            for part in (inside.cpu(), outside.cpu())
-        ]
+        parts = _vector("in_scores", inside), _vector("out_scores", outside)
+        thresholds = torch.cat(parts).unique().flip(0)
+        rates = []
+        for part in parts:
+            below = torch.searchsorted(part.sort().values, thresholds)
+            rates.append(torch.cat([torch.zeros(1).double(), 1 - below.double() / len(part)]))
         label = f"{name} (AUROC {ood_auroc(inside, outside):.3f})"
         axis.plot(rates[0], rates[1], color=color, label=label)
     axis.plot([0, 1], [0, 1], "--", color=_GUIDE, linewidth=1.0)

@@ -25,6 +25,13 @@ def test_the_text_of_a_choice_wins_over_a_letter():
     assert parse_question(row, "row 1").answer == 1
 
 
+def test_the_label_of_a_row_wins_over_the_text_of_a_choice():
+    choices = {"text": ["3", "4", "1", "2"], "label": ["1", "2", "3", "4"]}
+    assert parse_question({"question": "1 + 2 =", "choices": choices, "answerKey": "1"}, "row 1").answer == 0
+    choices = {"text": ["B", "A"], "label": ["A", "B"]}
+    assert parse_question({"question": "q", "choices": choices, "answerKey": "A"}, "row 1").answer == 0
+
+
 def test_rows_as_the_hub_has_them():
     arc = {
         "question": "q",

@@ -99,7 +99,9 @@ def test_512_candidates():
             "hypothesis 0 against ref.* is nan",
         ),
         (["a", "b"], {"utility": lambda h, r: [[1, 2], [3, math.inf]]}, "hypothesis 1 against reference 1"),
-        (["a", "b"], {"utility": lambda h, r: [1.0, 2.0]}, r"utilities have shape \(2,\)"),
+        (["a", "b"], {"utility": lambda h, r: [1.0, 2.0]}, r"returned shape \(2,\); return \(2, 2\)"),
+        (["a", "b"], {"utility": lambda h, r: [[1, 2], [1, 2], [5, 6]]}, r"returned shape \(3, 2\)"),
+        (["a", "b"], {"utility": lambda h, r: 1.0}, "pass pairwise=True"),
     ],
 )
 def test_bad_input(candidates, settings, match):

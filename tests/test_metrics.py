@@ -61,6 +61,19 @@ def test_bins_agree_with_ece_and_count_every_row(num_bins):
     assert bool((bins.confidence[filled] <= bins.edges[1:][filled]).all())
 
 
+def test_a_certain_mistake_shares_the_last_bin_with_what_is_nearly_certain():
+    probs = torch.tensor([[1.0, 0.0], [0.97, 0.03]], dtype=torch.float64)
+    labels = torch.tensor([1, 0])  # one bin: confidence 0.985, accuracy 0.5
+    assert metrics.ece(probs, labels) == pytest.approx(0.485, abs=1e-12)
+    assert metrics.reliability_bins(probs, labels).ece == pytest.approx(0.485, abs=1e-12)
+
+
+def test_on_an_edge_ece_is_that_of_the_bins():
+    probs = torch.tensor([[0.7, 0.3], [0.72, 0.28], [0.69, 0.31]])  # fp32's 0.7 is below the edge
+    labels = torch.tensor([0, 1, 0])
+    assert metrics.ece(probs, labels, 10) == metrics.reliability_bins(probs, labels, 10).ece
+
+
 def test_empty_bins_are_nan_and_certain_predictions_land_in_the_last_bin():
     bins = metrics.reliability_bins(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0]), 4)
     assert bins.count.tolist() == [0, 0, 0, 2]

@@ -116,12 +116,20 @@ def test_table_and_plot(trained, tmp_path):
     assert (tmp_path / "sub" / "prune.png").stat().st_size > 1000
 
 
+def test_settings_may_be_an_array(trained):
+    by_array = trained.prune_sweep(_pairs(), torch.linspace(0, 0.5, 2).numpy(), random_seeds=())
+    assert by_array.table() == trained.prune_sweep(_pairs(), [0.0, 0.5], random_seeds=()).table()
+    by_array = trained.variance_sweep(_pairs(), torch.linspace(0, 1, 2), num_samples=2)
+    assert by_array.table() == trained.variance_sweep(_pairs(), [0.0, 1.0], num_samples=2).table()
+
+
 @pytest.mark.parametrize(
     ("call", "match"),
     [
         (lambda p: p.prune_sweep(_pairs(), [1.0]), r"ratios must be in \[0, 1\)"),
         (lambda p: p.prune_sweep(_pairs(), []), "ratios is empty"),
         (lambda p: p.prune_sweep([], [0.1]), "data is empty"),
+        (lambda p: p.prune_sweep(_pairs(), [0.1], num_samples=-1), "num_samples must be >= 0"),
         (lambda p: p.variance_sweep(_pairs(), [-1.0]), "scales must be finite"),
         (lambda p: p.variance_sweep(_pairs(), [math.nan]), "scales must be finite"),
         (lambda p: p.variance_sweep(_pairs(), []), "scales is empty"),

@@ -55,6 +55,22 @@ def test_sequence_scores_by_hand():
     torch.testing.assert_close(found.spread, own.std(0, correction=0))
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_tokens_of_any_integer_dtype(dtype):
+    probs, tokens = _probs(2, 3, 4, 7), torch.randint(7, (3, 4))
+    expected = uncertainty.sequence_scores(probs, tokens)
+    assert torch.equal(uncertainty.sequence_scores(probs, tokens.to(dtype)).nll, expected.nll)
+
+
+def test_roc_curves_of_many_scores_need_little_memory():
+    inside, outside = torch.randn(30_000).tolist(), torch.randn(30_000).add(1).tolist()
+    figure = uncertainty.ood_plot({"entropy": (inside, outside)})  # every pair would take 14 GB
+    x, y = (torch.as_tensor(v) for v in figure.axes[0].lines[0].get_data())
+    auroc = uncertainty.ood_auroc(inside, outside)
+    assert float(torch.trapezoid(y, x)) == pytest.approx(auroc, abs=1e-6)
+    assert x[0] == y[0] == 0.0 and x[-1] == y[-1] == 1.0
+
+
 def test_risk_coverage_by_brute_force():
     generator = torch.Generator().manual_seed(0)
     scores, errors = torch.rand(40, generator=generator), torch.rand(40, generator=generator).round()
