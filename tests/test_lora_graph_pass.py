@@ -28,13 +28,13 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-def _llama(device, dtype=torch.float64, **lora):
+def _llama(device, dtype=torch.float64, layers=2, **lora):
     torch.manual_seed(0)
     base = LlamaForCausalLM(
         LlamaConfig(
             hidden_size=16,
             intermediate_size=24,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=2,
             vocab_size=32,
@@ -83,20 +83,25 @@ def one_node_a_layer(monkeypatch):
     monkeypatch.setattr("bayeslora.patching.chain_serves", lambda x, call: False)
 
 
-@pytest.mark.parametrize("adapters", [torch.float64, torch.float32], ids=["one dtype", "fp32 adapters"])
-def test_groups_of_a_model_compute_what_their_layers_do(adapters, device, one_node_a_layer):
-    model = _llama(device)
+@pytest.mark.parametrize("how", ["one dtype", "fp32 adapters", "checkpointed"])
+def test_groups_of_a_model_compute_what_their_layers_do(how, device, one_node_a_layer):
+    layers, passes = (1, 2) if how == "checkpointed" else (2, 1)  # a backward then makes the forward again
+    model = _llama(device, layers=layers)
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.to(adapters)
+        if "lora_" in name and how == "fp32 adapters":
+            parameter.data = parameter.data.float()
+    if how == "checkpointed":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
     tokens, counted = _tokens(device), Counted()
     expected = _results(model, torch.compile(model, backend=Counted(passes=False).backend), tokens)
     torch._dynamo.reset()
-    found = _results(model, torch.compile(model, backend=counted.backend, fullgraph=True), tokens)
-    forward, backward = counted.nodes
-    assert [forward[kind] for kind in (SINGLE[0], GROUPED[0])] == [4, 4]  # o and down; qkv, gate and up
-    assert [backward[kind] for kind in (SINGLE[1], GROUPED[1])] == [4, 4]
-    assert len(found) == len(expected) == 29
+    found = _results(model, torch.compile(model, backend=counted.backend), tokens)
+    nodes = {kind: sum(graph[kind] for graph in counted.nodes) for kind in (*SINGLE, *GROUPED)}
+    forward, backward = ([nodes[kind] for kind in kinds] for kinds in zip(SINGLE, GROUPED, strict=True))
+    assert forward == [2 * layers * passes] * 2  # o and down; q, k and v, gate and up
+    assert backward == [2 * layers] * 2
+    assert len(found) == len(expected) == 1 + 14 * layers
     for got, want in zip(found, expected, strict=True):
         assert got.dtype == want.dtype
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-8)
