@@ -144,7 +144,7 @@ class IVON(torch.optim.Optimizer):
         self.debias = debias
         self.rescale_lr = rescale_lr
         self.skip_nonfinite = skip_nonfinite
-        self._seed = seed
+        self._seed = int(seed)
         self._eval_draws = 0
         self._given: set[int] = set()
         self._own_gradients_checked = False

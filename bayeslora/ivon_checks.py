@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor
@@ -30,11 +31,14 @@ def check_settings(mc_samples: int, hess_approx: str, seed: int) -> None:
 
     Raises:
         ValueError: naming the first that is out of range.
+        TypeError: ``seed`` is not an integer.
     """
     if not (isinstance(mc_samples, int) and mc_samples >= 1):
         raise ValueError(f"mc_samples must be an integer >= 1, got {mc_samples!r}")
     if hess_approx not in ("price", "gradsq"):
         raise ValueError(f"hess_approx must be 'price' or 'gradsq', got {hess_approx!r}")
+    if not isinstance(seed, Integral):
+        raise TypeError(f"seed must be an integer, got {seed!r}")
     if not -(1 << 63) <= seed < 1 << 64:
         raise ValueError(f"seed must fit 64 bits, got {seed!r}")
 
@@ -44,8 +48,11 @@ def check_group(group: dict[str, Any]) -> None:
 
     Raises:
         ValueError: naming the first that is out of range.
+        TypeError: naming the first that is not a number; text is none, though it may read as one.
     """
     for name, (range_text, fits) in _RANGES.items():
+        if isinstance(group[name], str) or not hasattr(group[name], "__float__"):
+            raise TypeError(f"{name} must be a number, got {group[name]!r}")
         if not fits(float(group[name])):
             raise ValueError(f"{name} must be {range_text}, got {group[name]!r}")
 
@@ -62,6 +69,10 @@ def check_saved_state(
     Raises:
         ValueError: naming what does not fit.
     """
+    for group in state_dict["param_groups"]:
+        for name in _RANGES:
+            if name not in group:
+                raise ValueError(f"state_dict has a parameter group without {name!r}: it is not from bayeslora.IVON")
     sizes = [len(g["params"]) for g in param_groups]
     saved = [len(g["params"]) for g in state_dict["param_groups"]]
     if sizes != saved:
@@ -71,8 +82,10 @@ def check_saved_state(
     by_name = dict(zip(saved_names, params, strict=True))
     for name, values in state_dict["state"].items():
         for key in STATE_KEYS:
-            if key not in values:
-                raise ValueError(f"state_dict of parameter {name} has no {key!r}: it is not from IVON")
+            if not isinstance(values, dict) or key not in values:
+                raise ValueError(
+                    f"state_dict of parameter {name} has no {key!r}: it is not from bayeslora.IVON"
+                )
             if values[key].shape != by_name[name].shape:
                 raise ValueError(
                     f"state_dict: {key!r} of parameter {name} has shape {tuple(values[key].shape)}, "

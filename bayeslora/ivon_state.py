@@ -94,6 +94,7 @@ class BucketStore:
             params = [getattr(p, "_local_tensor", p) for p in params]
         return list(map(_address, params))
 
+    @torch.inference_mode(False)  # what an evaluation there makes first, training must be able to update
     def _make(self) -> list[ParamBucket]:
         self._check([p for group in self._optimizer.param_groups for p in group["params"]])
         self.write_counters()

@@ -135,3 +135,4 @@ class DiagnosticsCallback(TrainerCallback):
             finally:
                 model.train(training)
         self.trainer.log(found)
+        control.should_log = True  # log() has taken it for Trainer's own line, of loss and learning rate

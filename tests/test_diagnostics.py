@@ -110,6 +110,7 @@ def test_trainer_logs_and_trains_the_same_with_it(tmp_path):
     assert all(map(torch.equal, *weights))
     rows = [row for row in trainer.state.log_history if "ivon/snr" in row]
     assert [row["step"] for row in rows] == [2, 4, 6]
+    assert [row["step"] for row in trainer.state.log_history if "loss" in row] == [2, 4, 6]
     assert "ivon/loss_gap" in rows[0]
     assert any(name.endswith("q_proj.lora_A") for name in rows[0])
     figure = diagnostics.plot(trainer.state.log_history, tmp_path / "ivon.png", title="a run")

@@ -277,6 +277,20 @@ def test_evaluation_samples_leave_the_run_as_it_was():
     assert _equal(_values(quiet), _values(busy))
 
 
+def test_a_first_sample_in_inference_mode_leaves_a_state_that_trains():
+    """Lightning's sanity check evaluates in inference mode before the first step."""
+    runs = []
+    for evaluated in (False, True):
+        model = _model()
+        opt = _optimizer(model)
+        if evaluated:
+            with torch.inference_mode(), opt.sampled_params(seed=1):
+                _loss(model)
+        _train(model, opt, 3)
+        runs.append(_values(model))
+    assert _equal(*runs)
+
+
 def test_variance_scale_scales_the_deviation():
     model = _model(torch.float64)
     opt = _optimizer(model)
@@ -587,6 +601,15 @@ def test_bad_groups_and_params():
         IVON([torch.zeros(2, dtype=torch.int64)], lr=0.1, ess=1.0)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("lr", "1e-3"), ("ess", None), ("clip_radius", [1.0]), ("seed", 1.5)]
+)
+def test_hyperparameters_that_are_no_numbers(name, value):
+    """PyYAML reads 1e-3 as text, which float() would take."""
+    with pytest.raises(TypeError, match=f"^{name} must be"):
+        _optimizer(_model(), **{name: value})
+
+
 def test_step_without_a_sample_says_what_to_write():
     model = _model()
     opt = _optimizer(model)
@@ -629,7 +652,7 @@ def test_parameter_changed_between_samples_of_a_step_is_an_error(change):
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("damage", ["shape", "key", "groups"])
+@pytest.mark.parametrize("damage", ["shape", "key", "groups", "AdamW", "ivon-opt"])
 def test_load_state_dict_that_does_not_fit_changes_nothing(damage):
     model, other = _model(), _model()
     opt, opt_other = _optimizer(model), _optimizer(other)
@@ -639,8 +662,12 @@ def test_load_state_dict_that_does_not_fit_changes_nothing(damage):
         state["state"][1]["hess"] = torch.zeros(8)
     elif damage == "key":
         del state["state"][1]["hess"]
-    else:
+    elif damage == "groups":
         state["param_groups"][0]["params"].pop()
+    elif damage == "AdamW":  # before its first step there is no state that could not be IVON's
+        state = torch.optim.AdamW(model.parameters()).state_dict()
+    else:
+        state = ivon_opt.IVON(model.parameters(), lr=0.1, ess=10.0).state_dict()
     _train(other, opt_other, 1)
     before = copy.deepcopy(opt_other.state_dict())
     with pytest.raises(ValueError, match="state_dict"):
