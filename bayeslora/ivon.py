@@ -25,7 +25,7 @@ from bayeslora.ivon_checks import check_group, check_saved_state, check_settings
 from bayeslora.ivon_distributed import average_over_ranks, check_engine, check_not_replaced, draws_own_noise
 from bayeslora.ivon_prior import GaussianPrior
 from bayeslora.ivon_samples import EVAL_DRAWS, Noise, StepSamples
-from bayeslora.ivon_setup import is_watched, like_adamw, watch
+from bayeslora.ivon_setup import is_watched, like_adamw, take_defaults, watch
 from bayeslora.ivon_state import STATE_KEYS, BucketStore
 from bayeslora.kernels.param_bucket import ParamBucket, state_dtype
 from bayeslora.posterior_gaussian import GaussianParameter, learned_gaussians
@@ -572,6 +572,7 @@ class IVON(torch.optim.Optimizer):
         self._reset_samples()
         self._seed = self.param_groups[0].get("seed", self._seed)
         self._eval_draws = self.param_groups[0].get("eval_draws", 0)
+        take_defaults(self)
 
     def __getstate__(self) -> dict[str, Any]:
         self._write_counters()

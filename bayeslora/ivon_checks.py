@@ -72,7 +72,9 @@ def check_saved_state(
     for group in state_dict["param_groups"]:
         for name in _RANGES:
             if name not in group:
-                raise ValueError(f"state_dict has a parameter group without {name!r}: it is not from bayeslora.IVON")
+                raise ValueError(
+                    f"state_dict has a parameter group without {name!r}: it is not from bayeslora.IVON"
+                )
     sizes = [len(g["params"]) for g in param_groups]
     saved = [len(g["params"]) for g in state_dict["param_groups"]]
     if sizes != saved:

@@ -127,6 +127,9 @@ def like_adamw(
     if settings.get("hess_approx", "price") != "price":
         raise ValueError(f"like_adamw needs hess_approx='price', got {settings['hess_approx']!r}")
     opt = cls(params, lr, ess=float(num_data), rescale_lr=False, clip_radius=_FIRST_CLIP, **settings)
+    for name in Choice._fields:
+        if any(group[name] != opt.defaults[name] for group in opt.param_groups):
+            raise ValueError(f"like_adamw chooses {name} itself, also for a group; take it out of the groups")
     signal = _signal(opt.param_groups)
     precision = (snr / signal) ** 2
     hess = precision / num_data - float(opt.defaults["weight_decay"])
@@ -213,7 +216,7 @@ def watch(opt: IVON, buckets: Sequence[ParamBucket], active: set[int], grad_scal
         head["setup_gap_var"] += total.gap_var / samples
         head["setup_gap_seen"] += 1
         if not is_watched({**head, "setup_step": head["setup_step"] + 1}):
-            _judge(groups)
+            _judge(opt)
 
 
 def _perturbed(groups: Sequence[Group], sums: Sequence[_Sums]) -> list[_Sums]:
@@ -309,9 +312,17 @@ def _report(
     )
 
 
-def _judge(groups: Sequence[Group]) -> None:
+def take_defaults(opt: IVON) -> None:
+    """Let a group that is added later begin with what was chosen, which lies in the groups that are there."""
+    groups = opt.param_groups
+    if "setup_steps" in groups[0]:
+        main = next(group for group in groups if group.get("perturb", True))
+        opt.defaults.update({name: main[name] for name in (*Choice._fields, "step_lr")})
+
+
+def _judge(opt: IVON) -> None:
     """At the end of a watched window: raise λ if the loss under sampling is too far above the mean's."""
-    head = groups[0]
+    groups, head = opt.param_groups, opt.param_groups[0]
     seen = head["setup_gap_seen"]
     gap, error = head["setup_gap"] / seen, math.sqrt(head["setup_gap_var"]) / seen
     head.update(setup_gap=0.0, setup_gap_var=0.0, setup_gap_seen=0.0)
@@ -320,6 +331,7 @@ def _judge(groups: Sequence[Group]) -> None:
     factor = gap / head["setup_max_gap"]
     for group in groups:
         group["ess"] *= factor
+    take_defaults(opt)
     _logger.warning(
         "IVON.like_adamw at step %d: a sample's loss is about %.3g above the mean's, more than max_gap %.3g: "
         "ess raised to %.4g",

@@ -162,6 +162,21 @@ def test_both_protocols_and_closures_decide_alike():
     assert chosen[0] == pytest.approx(chosen[2])
 
 
+def test_a_group_added_after_a_resume_begins_with_what_was_chosen(caplog):
+    """Also with the ess that a later look has raised."""
+    model = Quadratic(curvature=0.02)
+    run(model, first := like_adamw(model, max_gap=0.5), 12)
+    model.curvature = 2.0
+    run(model, first, 12)
+    assert "ess raised" in caplog.text
+    resumed = like_adamw(Quadratic())
+    resumed.load_state_dict(copy.deepcopy(first.state_dict()))
+    for opt in (first, resumed):
+        opt.add_param_group({"params": [nn.Parameter(torch.ones(4))]})
+        for name in (*CHOSEN, "step_lr"):
+            assert opt.param_groups[1][name] == first.param_groups[0][name], name
+
+
 @pytest.mark.parametrize("stop", [4, 10, 22])
 def test_resume_is_exact(stop):
     """In the setup, at its end, and inside a later window of watched steps (20 to 23)."""
@@ -322,6 +337,13 @@ def test_capture_step_goes_the_same_way(device):
 def test_bad_inputs_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         like_adamw(Quadratic(), **settings)
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_a_groups_own_value_of_what_is_chosen_is_refused(name):
+    """It would be overwritten at the first step."""
+    with pytest.raises(ValueError, match=f"chooses {name} itself, also for a group"):
+        IVON.like_adamw([{"params": [nn.Parameter(torch.ones(4))], name: 0.125}], lr=1e-3, num_data=10)
 
 
 def test_all_zero_parameters_are_refused():
