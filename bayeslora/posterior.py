@@ -56,6 +56,7 @@ class Posterior(PosteriorLifecycle):
     # ---- where it comes from ---------------------------------------------------------------------
 
     @classmethod
+    @torch.inference_mode(False)  # the posterior outlives the caller's context
     def from_optimizer(cls, model: nn.Module, optimizer: IVON) -> Posterior:
         """Return the posterior an IVON optimizer has learned. The parameters are left at the mean.
 

@@ -43,7 +43,10 @@ def save_posterior(posterior: Posterior, path: str | PathLike[str]) -> None:
             f"{outside[0]!r} is trained but not part of the adapter {adapter!r}, so PEFT would not save it; "
             "name its module in LoraConfig(modules_to_save=[...]) or freeze it"
         )
-    means = {name: g.mean.float() for name, g in posterior.parameters.items()}
+    by_name = dict(model.named_parameters())
+    by_id = {id(by_name[name]): g.mean.float() for name, g in posterior.parameters.items()}
+    every = model.named_parameters(remove_duplicate=False)  # PEFT saves tied ones under each of their names
+    means = {name: by_id[id(p)] for name, p in every if id(p) in by_id}
     state = model.state_dict()
     sharded = any(map(is_sharded, state.values()))
     state = {name: whole(value) if name in keys else value for name, value in state.items()}
@@ -143,14 +146,18 @@ def _load_onto_base(
     from peft import PeftConfig, get_peft_model
 
     peft_config = PeftConfig.from_pretrained(str(folder))
+    trained = [p for p in model.parameters() if p.requires_grad]  # PEFT freezes them
     try:
-        peft_model = get_peft_model(model, peft_config, adapter)  # type: ignore[arg-type]
+        with torch.inference_mode(False):  # the adapter outlives the caller's context
+            peft_model = get_peft_model(model, peft_config, adapter)  # type: ignore[arg-type]
     except ValueError as error:
         raise ValueError(f"{str(folder / ADAPTER_CONFIG)!r} does not fit the model: {error}") from error
     try:
         return _load_into(peft_model, folder, config, mean, hess, adapter)
     except ValueError:
         peft_model.unload()  # take the adapter out again: the base model is as it was
+        for p in trained:
+            p.requires_grad_(True)
         raise
 
 
@@ -167,22 +174,51 @@ def _load_into(
     names = {key: name for name, key in _peft_keys(model, adapter).items()}
     by_name = dict(model.named_parameters())
     held = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    if mean.keys() - held.keys():  # PEFT adds embeddings that LoRA targets or that were resized
+        held |= {key: value for key, value in _embeddings(model, adapter).items() if key in mean}
     expected = {key: tuple(value.shape) for key, value in held.items()}  # parameters, and buffers if any
+    _check_scaling(folder, model, adapter)
     _check_shapes(folder / ADAPTER_WEIGHTS, {k: tuple(v.shape) for k, v in mean.items()}, expected)
     set_peft_model_state_dict(model, dict(mean), adapter_name=adapter)
     parameters = {}
     for key, entry in config["parameters"].items():
         p = by_name[names[key]]
         dtype = state_dtype(p.dtype)
+        with torch.inference_mode(False):  # what is pruned later, outside of it
+            held_mean, held_hess = mean[key].to(p.device, dtype), hess[key].to(p.device, dtype)
         parameters[names[key]] = GaussianParameter(
             parameter=p,
-            mean=mean[key].to(p.device, dtype),
-            hess=hess[key].to(p.device, dtype),
+            mean=held_mean,
+            hess=held_hess,
             stream=int(entry["stream"]),
             ess=float(entry["ess"]),
             weight_decay=float(entry["weight_decay"]),
         )
     return Posterior(model, parameters, pruned=list(config["pruned"]))
+
+
+def _embeddings(model: PeftModel, adapter: str) -> dict[str, Tensor]:
+    """Return what PEFT saves with the embeddings' base weights included."""
+    from peft import get_peft_model_state_dict
+
+    found: dict[str, Tensor] = get_peft_model_state_dict(
+        model, adapter_name=adapter, save_embedding_layers=True
+    )
+    return found
+
+
+def _check_scaling(folder: Path, model: PeftModel, adapter: str) -> None:
+    """Check that the adapter scales B A as the saved one: shapes do not tell."""
+    from peft import PeftConfig
+
+    saved, own = PeftConfig.from_pretrained(str(folder)), model.peft_config[adapter]
+    for name in ("lora_alpha", "use_rslora", "alpha_pattern"):
+        found, wanted = getattr(saved, name, None), getattr(own, name, None)
+        if found != wanted:
+            raise ValueError(
+                f"{str(folder / ADAPTER_CONFIG)!r} has {name}={found!r}, the model's adapter {adapter!r} "
+                f"{wanted!r}; pass adapter_name with a new name, or the base model"
+            )
 
 
 def _require_peft(model: nn.Module) -> PeftModel:
@@ -206,7 +242,10 @@ def _active_adapter(model: PeftModel) -> str:
 def _adapter_of(posterior: Posterior, model: PeftModel) -> tuple[str, dict[str, str]]:
     """Return the adapter that holds all of the posterior's parameters (or the active one), and its keys."""
     for adapter in model.peft_config:
-        keys = _peft_keys(model, adapter)
+        try:
+            keys = _peft_keys(model, adapter)
+        except KeyError:  # PEFT's, for an adapter without the trainable tokens that another one has
+            continue
         if keys.keys() >= posterior.parameters.keys():
             return adapter, keys
     adapter = _active_adapter(model)
@@ -218,7 +257,8 @@ def _peft_keys(model: PeftModel, adapter: str) -> dict[str, str]:
     from peft import get_peft_model_state_dict
 
     # PEFT alone knows how it renames: let it rename a state dict whose values carry their own names.
-    probe = {name: torch.tensor(i) for i, name in enumerate(dict(model.named_parameters()))}
+    every = dict(model.named_parameters(remove_duplicate=False))  # a tied one under each of its names
+    probe = {name: torch.tensor(i) for i, name in enumerate(every)}
     names = list(probe)
     saved = get_peft_model_state_dict(
         model, state_dict=dict(probe), adapter_name=adapter, save_embedding_layers=False
@@ -246,6 +286,7 @@ def _read_config(file: Path) -> dict[str, Any]:
     return config
 
 
+@torch.inference_mode(False)
 def _read_tensors(file: Path) -> dict[str, Tensor]:
     try:
         with safe_open(str(file), framework="pt") as tensors:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -145,6 +146,7 @@ class PosteriorLifecycle:
         api = HfApi(token=settings.pop("token", None))
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
+            _lift(Path(folder))
             private = settings.pop("private", None)
             api.create_repo(repo_id, exist_ok=True, private=private)
             return api.upload_folder(repo_id=repo_id, folder_path=folder, **settings)
@@ -185,6 +187,15 @@ class PosteriorLifecycle:
             True
         """
         return _product(cls, list(posteriors), weights)
+
+
+def _lift(folder: Path) -> None:
+    """Move up what PEFT writes into a folder of an adapter's own name."""
+    inner = next(folder.rglob("posterior_config.json")).parent
+    if inner != folder:
+        for file in inner.iterdir():
+            file.replace(folder / file.name)
+        inner.rmdir()
 
 
 def _product(cls: Any, posteriors: list[Any], weights: Sequence[float] | None) -> Posterior:

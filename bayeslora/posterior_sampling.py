@@ -69,6 +69,8 @@ class SampleWriter:
             bucket.set_hyper([row + [0.0] * (HYPER_WIDTH - len(row)) for row in table])
             ivon_kernels(bucket.device).ivon_sample(bucket, seed=seed, draw=0, adopt=False)
 
+    @torch.inference_mode(False)  # the buckets outlive the caller's context
+    @torch.no_grad()
     def _current_buckets(self, gaussians: Sequence[GaussianParameter]) -> list[ParamBucket]:
         """Return the buckets of the kernels, made anew if a parameter was moved or cast."""
         key = [(g.parameter.data_ptr(), g.parameter.dtype, g.parameter.device) for g in gaussians]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bayeslora import IVON, Posterior
+from bayeslora import IVON, Posterior, patch, unpatch
 from bayeslora.kernels import noise_twin
 
 TOKENS = torch.randint(50, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -271,6 +271,60 @@ def test_modules_to_save_and_other_adapter_names(tmp_path):
     assert torch.equal(loaded.predict(batch, 2), posterior.predict(batch, 2))
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [3, 4]},
+    ],
+    ids=["lora on head", "lora on embedding", "saved embedding", "trained tokens"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_of_embeddings(settings, tied, tmp_path):
+    def base():
+        model = _base()
+        if tied:
+            model.config.tie_word_embeddings = True
+            model.tie_weights()
+        return model
+
+    model = get_peft_model(base(), LoraConfig(r=2, task_type="CAUSAL_LM", **settings))
+    posterior = Posterior.from_optimizer(model, _trained(model, 1))
+    with posterior.sample(5):  # the mean is saved, also of tied names
+        posterior.save_pretrained(tmp_path)
+    batch = {"input_ids": TOKENS}
+    expected = posterior.predict(batch, 3)
+    other = get_peft_model(base(), LoraConfig(r=2, target_modules=["k_proj"], task_type="CAUSAL_LM"))
+    for model, name in (
+        (base(), None),
+        (PeftModel.from_pretrained(base(), str(tmp_path)), None),
+        (other, "x"),
+    ):
+        loaded = Posterior.from_pretrained(model, tmp_path, name)
+        torch.testing.assert_close(loaded.predict(batch, 3), expected)
+        with torch.no_grad():
+            at_rest = loaded.model(TOKENS).logits
+        torch.testing.assert_close(loaded.predict(batch, 1, variance_scale=0.0), at_rest.softmax(-1))
+        loaded.save_pretrained(tmp_path / "again")
+
+
+def test_inference_mode_leaves_a_posterior_for_later(trained, folder):
+    batch, trained, base = {"input_ids": TOKENS}, copy.deepcopy(trained), _base()
+    with torch.inference_mode():
+        made = [Posterior.from_optimizer(*trained), Posterior.from_pretrained(base, folder)]
+        before = [p.predict(batch, 2) for p in made]
+    for posterior, expected in zip(made, before, strict=True):
+        assert torch.equal(posterior.predict(batch, 2), expected)
+        patch(posterior.model)
+        torch.testing.assert_close(posterior.predict(batch, 2, batched=True), expected)
+        posterior.predict(batch, 2, variance_scale=0.5)
+        posterior.prune(0.1)
+        unpatch(posterior.model)
+
+
 def test_parameter_outside_the_adapter_cannot_be_saved(tmp_path):
     model = _lora(_base())
     model.get_input_embeddings().weight.requires_grad_(True)
@@ -337,6 +391,26 @@ def test_damaged_folder_is_refused_and_changes_nothing(folder, damage, name, err
     with pytest.raises(error, match=match):
         Posterior.from_pretrained(model, folder)
     assert _same(model.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"lora_alpha": 32}, {"use_rslora": True}, {"alpha_pattern": {"v_proj": 1}}]
+)
+def test_folder_of_another_scaling_is_refused(folder, settings):
+    model = _lora(_base(), **settings)
+    before = _adapter(model)
+    (name,) = settings
+    with pytest.raises(ValueError, match=f"adapter_config.json.* has {name}="):
+        Posterior.from_pretrained(model, folder)
+    assert _same(_adapter(model), before)
+
+
+def test_a_base_that_does_not_fit_trains_on(folder):
+    base = _base(hidden_size=16)
+    base.lm_head.requires_grad_(False)
+    with pytest.raises(ValueError, match="has shape"):
+        Posterior.from_pretrained(base, folder)
+    assert [n for n, p in base.named_parameters() if not p.requires_grad] == ["lm_head.weight"]
 
 
 def test_folder_of_another_rank_or_model_is_refused(folder):
