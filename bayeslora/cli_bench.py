@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .cli_support import check_output, environment, say, write_metrics
+from .cli_support import check_file, environment, say, write_metrics
 
 __all__ = ["bench"]
 
@@ -62,7 +62,7 @@ def bench(
     if seconds < 0:
         raise ValueError(f"--seconds must be at least 0; got {seconds}")
     if output is not None:
-        check_output(output.parent, overwrite=True)
+        check_file("--output", output)
     case = _case(model or ("Llama-3.2-3B" if on_gpu else "toy"), batch_size, length, rank, target_modules)
     console = Console()
     facts = environment(place)

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from .cli_support import (
     Reporter,
+    check_file,
     check_installed,
     check_output,
     environment,
@@ -65,7 +66,8 @@ def finetune(
         str | None,
         typer.Option(
             rich_help_panel="LoRA",
-            help="Layers to adapt, comma-separated. Default: PEFT's for the model (often q_proj,v_proj).",
+            help="Layers to adapt: names with commas, or PEFT's all-linear. Default: PEFT's for the model "
+            "(often q_proj,v_proj).",
         ),
     ] = None,
     ess: Annotated[
@@ -196,6 +198,9 @@ def evaluate(
 
     check_prediction(num_samples=num_samples, variance_scale=variance_scale, prune=prune)
     check_installed("torchmetrics", *(("matplotlib",) if diagram else ()))
+    for option, path in (("--output", output), ("--diagram", diagram)):
+        if path is not None:
+            check_file(option, path)
     task, place = read_task(directory), resolve_device(device)
     base_model = check_model(model or task.base_model)
     questions = load_questions(data, split="test", limit=limit)

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Mapping
@@ -33,6 +34,7 @@ from . import __version__, finetune
 
 __all__ = [
     "Reporter",
+    "check_file",
     "check_installed",
     "check_output",
     "environment",
@@ -163,14 +165,32 @@ def check_installed(*packages: str) -> None:
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:
-    """Raise ``ValueError`` for an output folder that cannot be written, or holds a run to be kept."""
-    nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
-    if not nearest.is_dir():
-        raise ValueError(f"--output {str(path)!r} cannot be made: {str(nearest)!r} is a file; pass a folder")
+    """Raise ``ValueError`` for an output folder that cannot be written, or holds a run or model to keep."""
+    _check_folder("--output", path, path)
+    if (path / "config.json").exists():  # transformers would load the adapter with the model from then on
+        raise ValueError(f"--output {str(path)!r} holds a model (config.json); pass another folder")
     if not overwrite and (path / "adapter_config.json").exists():
         raise ValueError(
             f"--output {str(path)!r} already holds an adapter; pass --overwrite or another folder"
         )
+
+
+def check_file(option: str, path: Path) -> None:
+    """Raise ``ValueError`` now, not after the work, for a file that cannot be written."""
+    if path.is_dir():
+        raise ValueError(f"{option} {str(path)!r} is a folder; pass a file")
+    _check_folder(option, path, path.parent)
+
+
+def _check_folder(option: str, path: Path, folder: Path) -> None:
+    nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"{option} {str(path)!r} cannot be made: {str(nearest)!r} is a file; pass a folder")
+    try:
+        tempfile.TemporaryFile(dir=nearest).close()
+    except OSError as error:
+        cause = f"nothing can be written to {str(nearest)!r} ({error.strerror})"
+        raise ValueError(f"{option} {str(path)!r} cannot be made: {cause}") from error
 
 
 def versions() -> dict[str, str]:

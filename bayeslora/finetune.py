@@ -76,7 +76,7 @@ def resolve_device(name: str = "auto") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros((), device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} cannot be used here; pass auto, cpu or cuda") from error
     return device
@@ -153,12 +153,13 @@ def add_lora(model: Any, settings: TrainSettings) -> Any:
 
     from .patching import patch
 
+    targets: Any = settings.target_modules
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=settings.r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.dropout,
-        target_modules=settings.target_modules,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
     )
     with _seeded(settings.seed, model.device):
         return patch(get_peft_model(model, config))

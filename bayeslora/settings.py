@@ -44,8 +44,8 @@ class TrainSettings:
         r: LoRA rank.
         lora_alpha: LoRA scaling is ``lora_alpha / r``.
         dropout: LoRA dropout probability.
-        target_modules: names of the layers to adapt; None is PEFT's choice for the architecture (query
-            and value projections in most).
+        target_modules: names of the layers to adapt, or ``["all-linear"]``; None is PEFT's choice for the
+            architecture (query and value projections in most).
         seed: of LoRA's initialization, the data order, dropout and IVON's noise.
     """
 
@@ -78,8 +78,8 @@ class TrainSettings:
             _check(name, getattr(self, name), "greater than 0", lambda v: v > 0)
         for name in ("warmup", "beta2", "dropout"):
             _check(name, getattr(self, name), "in [0, 1)", lambda v: 0 <= v < 1)
-        for name in ("weight_decay", "seed"):
-            _check(name, getattr(self, name), "at least 0", lambda v: v >= 0)
+        _check("weight_decay", self.weight_decay, "at least 0", lambda v: v >= 0)
+        _check("seed", self.seed, "in [0, 2^64)", lambda v: 0 <= v < 1 << 64)
         if self.target_modules is not None and not self.target_modules:
             raise ValueError("target_modules is empty; name at least one layer or leave it out")
 

@@ -147,10 +147,11 @@ def test_bench_measures_the_models_shape(model, tmp_path, capsys):
     assert measured["versions"]["torch"] and measured["target_modules"] == "q_proj, v_proj"
 
 
-def test_bench_refuses_bad_options(capsys):
+def test_bench_refuses_bad_options(capsys, tmp_path):
     assert "--batch-size" in error_of(capsys, ["bench", "--batch-size", "0", "--device", "cpu"])
     assert "--seconds" in error_of(capsys, ["bench", "--seconds", "-1", "--device", "cpu"])
     assert "nowhere" in error_of(capsys, ["bench", "--model", "/nowhere", "--device", "cpu"])
+    assert "is a folder" in error_of(capsys, ["bench", "--output", str(tmp_path), "--device", "cpu"])
 
 
 def error_of(capsys, words, status=1):
@@ -177,7 +178,11 @@ def test_bad_input_is_one_line_and_changes_nothing(model, data, tmp_path, capsys
         ({"--template": "{question}"}, r"must contain \{choices\}"),
         ({"--dtype": "int8"}, "dtype must be auto"),
         ({"--device": "tpu9"}, "device 'tpu9' cannot be used here"),
+        ({"--device": "meta"}, "device 'meta' cannot be used here"),
+        ({"--seed": str(1 << 64)}, r"seed must be in \[0, 2\^64\)"),
         ({"--output": data}, "is a file; pass a folder"),
+        ({"--output": model}, r"holds a model \(config.json\)"),
+        ({"--output": "/proc/out"}, "nothing can be written to '/proc'"),  # before the training
     ]:
         words = [word for pair in {**good, **change}.items() for word in pair]
         assert re.search(message, error_of(capsys, ["finetune", *words])), message
@@ -194,6 +199,11 @@ def test_evaluate_names_what_is_wrong(run, data, tmp_path, capsys):
         ([str(folder), "--data", data, "--variance-scale", "0"], "variance_scale must be greater than 0"),
         ([str(folder), "--data", data, "--num-samples", "-1"], "num_samples must be at least 0"),
         ([str(folder), "--data", data, "--model", missing], "model path '.*none' does not exist"),
+        ([str(folder), "--data", data, "--output", str(tmp_path)], "--output '.*' is a folder; pass a file"),
+        (
+            [str(folder), "--data", data, "--diagram", data + "/x.png"],
+            "--diagram '.*' cannot be made: .*file",
+        ),
     ]:
         assert re.search(message, error_of(capsys, ["evaluate", *words])), message
 

@@ -56,6 +56,12 @@ def tiny(settings):
     return add_lora(make_model(len(make_tokenizer())), settings)
 
 
+def test_all_linear_is_pefts_all_linear():
+    model = tiny(TrainSettings(target_modules=["all-linear"]))
+    adapted = {name.split(".")[-4] for name, _ in model.named_parameters() if "lora_A" in name}
+    assert adapted == {f"{layer}_proj" for layer in ("q", "k", "v", "o", "gate", "up", "down")}
+
+
 @pytest.mark.parametrize("settings", [ADAMW, IVON], ids=["adamw", "ivon"])
 def test_training_learns_and_reports(encoded, settings):
     model, seen = tiny(settings), []
@@ -263,6 +269,7 @@ def test_devices_and_dtypes(monkeypatch):
         ({"ess": -1.0}, "ess must be greater than 0; got -1.0"),
         ({"weight_decay": -1.0}, "weight_decay must be at least 0"),
         ({"target_modules": []}, "target_modules is empty"),
+        ({"seed": 1 << 64}, r"seed must be in \[0, 2\^64\)"),
     ],
 )
 def test_settings_out_of_range_are_named(options, message):
