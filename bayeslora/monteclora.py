@@ -114,6 +114,8 @@ def attach(model: nn.Module, find: Callable[[nn.Module, str], list[Any]]) -> Non
         for layer in layers:
             _ensure_sampler(layer, adapter, config)
         bank = MontecloraBank(layers, adapter, MontecloraOptions())
+        places = ((m, n) for m in model.modules() for n, child in m._modules.items() if child is layers[0])
+        bank.home = next(places, None)
         for index, layer in enumerate(layers):
             layer.__dict__.setdefault("_monteclora", {})[adapter] = (bank, index)
         for scope in _scopes(model):
@@ -196,7 +198,14 @@ def _chosen_banks(model: nn.Module, adapter_name: str | None) -> list[Monteclora
         for bank in banks:
             names = bank.layers[0]._active_adapter
             active |= {names} if isinstance(names, str) else set(names)
-        return [bank for bank in banks if bank.adapter in active]
+        chosen = [bank for bank in banks if bank.adapter in active]
+        if not chosen:
+            raise ValueError(
+                f"the active adapters {sorted(active)} have no MonteCLoRA layers that bayeslora runs, but "
+                f"{[b.adapter for b in banks]}; call bayeslora.patch(model) again after adding an adapter, "
+                "or pass adapter_name"
+            )
+        return chosen
     chosen = [bank for bank in banks if bank.adapter == adapter_name]
     if not chosen:
         raise ValueError(
@@ -271,8 +280,10 @@ def configure_monteclora(model: nn.Module, adapter_name: str | None = None, **op
     unknown = set(options) - set(OPTION_NAMES)
     if unknown:
         raise TypeError(f"configure_monteclora has no option {sorted(unknown)[0]!r}; it has {OPTION_NAMES}")
-    for bank in _chosen_banks(model, adapter_name):
-        chosen = replace(bank.options, **options)
+    wanted = [(bank, replace(bank.options, **options)) for bank in _chosen_banks(model, adapter_name)]
+    for bank, chosen in wanted:
+        bank.scale_of(chosen)
+    for bank, chosen in wanted:
         if set(options) == {"sample_scaler"}:  # keeps the memory that a recorded CUDA graph reads
             bank.options = chosen
             bank.set_scale()

@@ -39,6 +39,8 @@ class MontecloraBank:
         self.seed = int(torch.randint(2**62, ())) if options.seed is None else options.seed
         self.options = MontecloraOptions()
         self.paused = False
+        self.home: tuple[nn.Module, str] | None = None
+        """The parent of the first layer, and the layer's name there."""
         self._draws = 0
         self._depth = 0
         self.loss_weight: Tensor | float = 1.0
@@ -91,13 +93,16 @@ class MontecloraBank:
 
     def set_scale(self) -> None:
         """Write c to the device, where also a recorded CUDA graph reads it."""
-        scaler = self.options.sample_scaler
-        if callable(scaler):
-            value = check_scaler(scaler(self._draws))
-        else:
-            value = self.parts[0].sampler(0).sample_scaler if scaler is None else scaler
+        value = self.scale_of(self.options)
         for part in self.parts:
             part.scale.fill_(value)
+
+    def scale_of(self, options: MontecloraOptions) -> float:
+        """Return what c would be now; ``ValueError`` if a schedule gives no such number."""
+        scaler = options.sample_scaler
+        if callable(scaler):
+            return check_scaler(scaler(self._draws))
+        return self.parts[0].sampler(0).sample_scaler if scaler is None else scaler
 
     # ---- the forward ---------------------------------------------------------------------------------
 
@@ -107,6 +112,22 @@ class MontecloraBank:
             not self.paused and self.options.mode != "mean" and any(layer.training for layer in self.layers)
         )
 
+    def _in_use(self) -> bool:
+        """Tell whether the adapter is active, on layers that are still the model's."""
+        for layer, adapters in zip(self.layers, self._adapters, strict=True):
+            active = layer._active_adapter
+            named = self.adapter == active if isinstance(active, str) else self.adapter in active
+            if named and self.adapter in adapters and not layer._disable_adapters:
+                return not self._unloaded()
+        return False
+
+    def _unloaded(self) -> bool:
+        """Tell whether PEFT has put the base layers back (``merge_and_unload``, ``unload``)."""
+        if self.home is None:
+            return False
+        parent, name = self.home
+        return parent._modules.get(name) is self.layers[0]._modules["base_layer"]
+
     def perturbs(self, layer: Any) -> bool:
         """Tell whether a call of ``layer`` here and now is perturbed."""
         return layer.training and not self.paused and self.options.mode != "mean"
@@ -115,6 +136,8 @@ class MontecloraBank:
         """Start a forward of the model: its forward-pre hook."""
         if torch.compiler.is_compiling():
             return _eager(self.open, module, args, kwargs)
+        if self._unloaded():
+            return remove_hooks(module, self)
         if "_is_replica" in module.__dict__ and self.samples():
             raise RuntimeError(
                 "MonteCLoRA's layers share one draw, which the threads of nn.DataParallel cannot; start with "
@@ -123,7 +146,7 @@ class MontecloraBank:
         self._depth += 1
         if self._depth == 1 and torch._C._current_graph_task_id() == -1:
             self.loss_weight = _share_of_batch(module, kwargs)
-            if self.samples():
+            if self.samples() and self._in_use():
                 self.refresh()
 
     def close(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -138,7 +161,7 @@ class MontecloraBank:
             if node is not None and part.current is not None:
                 node.metadata.setdefault(_TOKEN, []).append(part.current)
             part.release()
-        if self.options.add_loss and getattr(output, "loss", None) is not None:
+        if self.options.add_loss and getattr(output, "loss", None) is not None and self._in_use():
             output.loss = output.loss + self.weighted_loss().to(output.loss.dtype)
 
     def refresh(self) -> None:
@@ -167,8 +190,9 @@ class MontecloraBank:
         if not self.perturbs(self.layers[index]):
             return a, b
         part, i = self._place[index]
-        if self._depth == 0 and torch._C._current_graph_task_id() == -1:
-            self.refresh()  # called by itself, outside a forward of the model
+        drawn = self._depth and part.current is not None and part.current.outputs
+        if not drawn and torch._C._current_graph_task_id() == -1:
+            self.refresh()  # called by itself, or made active since the forward of the model began
         if not part.perturbs_b:
             return part.perturbed(i), b
         b = part.perturbed(i + len(part.layers) * part.perturbs_a)
@@ -229,11 +253,12 @@ def add_hooks(model: nn.Module, bank: MontecloraBank) -> None:
     model.register_forward_hook(bank.close, with_kwargs=True, always_call=True)
 
 
-def remove_hooks(module: nn.Module) -> None:
-    """Take out what `add_hooks` put in."""
+def remove_hooks(module: nn.Module, bank: MontecloraBank | None = None) -> None:
+    """Take out what `add_hooks` put in, for ``bank`` or for all."""
     hook_dicts: list[dict[int, Callable[..., Any]]] = [module._forward_pre_hooks, module._forward_hooks]
     for hooks in hook_dicts:
-        for key in [k for k, h in hooks.items() if isinstance(getattr(h, "__self__", None), MontecloraBank)]:
+        owners = {key: getattr(hook, "__self__", None) for key, hook in hooks.items()}
+        for key in [k for k, o in owners.items() if isinstance(o, MontecloraBank) and bank in (None, o)]:
             del hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
             module._forward_hooks_with_kwargs.pop(key, None)

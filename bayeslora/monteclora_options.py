@@ -36,6 +36,8 @@ class MontecloraOptions:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
         if not (isinstance(self.outer_samples, int) and self.outer_samples >= 1):
             raise ValueError(f"outer_samples must be an integer >= 1, got {self.outer_samples!r}")
+        if self.seed is not None and not (isinstance(self.seed, int) and -(1 << 63) <= self.seed < 1 << 64):
+            raise ValueError(f"seed must be an integer that fits 64 bits, got {self.seed!r}")
         scaler = self.sample_scaler
         if scaler is not None and not callable(scaler):
             check_scaler(scaler)

@@ -446,12 +446,49 @@ def test_sample_scaler_may_be_a_schedule():
         ({"estimator": "best"}, ValueError, "estimator must be one of"),
         ({"outer_samples": 0}, ValueError, "outer_samples must be an integer >= 1"),
         ({"sample_scaler": -1.0}, ValueError, "sample_scaler must be finite"),
+        ({"seed": 1.5}, ValueError, "seed must be an integer"),
+        ({"seed": 1 << 64}, ValueError, "seed must be an integer that fits 64 bits"),
+        ({"sample_scaler": lambda draws: -1.0}, ValueError, "sample_scaler must be finite"),
         ({"buffer": 3}, TypeError, "no option 'buffer'"),
     ],
 )
 def test_bad_options_are_named(options, error, message):
+    model = patched_model()
+    before = bank_of(model).options
     with pytest.raises(error, match=message):
-        bayeslora.configure_monteclora(patched_model(), **options)
+        bayeslora.configure_monteclora(model, **options)
+    assert bank_of(model).options == before
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_an_unloaded_model_is_left_alone(merged):
+    """The layers that PEFT took out stay in train mode, and would add their loss to every forward."""
+    losses = []
+    for add_loss in (True, False):
+        model = patched_model(options={"add_loss": add_loss})
+        model(**BATCH)
+        bare = (model.merge_and_unload() if merged else model.unload()).eval()
+        losses.append(bare(**BATCH).loss)
+    assert torch.equal(*losses)
+    hooks = [*bare._forward_pre_hooks.values(), *bare._forward_hooks.values()]
+    assert not [hook for hook in hooks if type(hook.__self__).__name__ == "MontecloraBank"]
+
+
+def test_a_deleted_adapter_leaves_the_others_at_work():
+    model = patched_model()
+    model.add_adapter("plain", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model.set_adapter("plain")
+    expected = model(**BATCH).logits
+    model.delete_adapter("default")
+    assert torch.equal(model(**BATCH).logits, expected)
+
+
+def test_an_adapter_added_after_patch_is_named():
+    model = patched_model()
+    model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
+    model.set_adapter("second")
+    with pytest.raises(ValueError, match=r"\['second'\] have no .*patch\(model\) again"):
+        bayeslora.monteclora_loss(model)
 
 
 def test_different_ranks_and_a_second_adapter():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from monteclora_models import BATCH, TOKENS, bank_of, gradients, patched_model, peft_model
+from peft import LoraConfig
 from peft.helpers import MontecloraTrainerMixin
 from peft.tuners.lora.monteclora import MontecloraSampler
 from torch import distributions
@@ -207,6 +208,21 @@ def test_peft_counts_the_loss_once_a_micro_batch(tmp_path):
         )
         moved.append(torch.cat([s for n, s in steps.items() if "expert_weights_prior" in n]).norm())
     assert moved[1] / moved[0] > 3.5
+
+
+def test_an_adapter_that_is_not_active_adds_no_loss_and_draws_nothing():
+    model = patched_model(options={"add_loss": True})
+    plain = patched_model()
+    for m in (model, plain):
+        m.add_adapter("plain", LoraConfig(r=2, target_modules=["q_proj"]))
+        m(**BATCH)
+    drawn = bank_of(model).parts[0].counter.item()
+    with model.disable_adapter(), plain.disable_adapter():
+        assert torch.equal(model(**BATCH).loss, plain(**BATCH).loss)
+    for m in (model, plain):
+        m.set_adapter("plain")
+    assert torch.equal(model(**BATCH).loss, plain(**BATCH).loss)
+    assert bank_of(model).parts[0].counter.item() == drawn
 
 
 def test_the_loss_is_added_once_to_the_models_own():
