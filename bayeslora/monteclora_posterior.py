@@ -29,7 +29,7 @@ from bayeslora._backend import monteclora_kernels
 from bayeslora.monteclora_bank import MontecloraBank
 from bayeslora.monteclora_part import Part
 from bayeslora.posterior import Posterior
-from bayeslora.posterior_predict import check_scale
+from bayeslora.posterior_predict import check_scale, check_seed
 
 _SHAPING = ("estimator", "dirichlet", "perturb", "outer_samples", "sparse")
 _MOMENT_DRAWS = 1024
@@ -80,8 +80,9 @@ class MontecloraPosterior(Posterior):
 
         Raises:
             ValueError: a scale is out of range, or both are given.
+            TypeError: the seed is not an integer.
         """
-        variance_scale = check_scale(variance_scale, ess_scale)
+        variance_scale, seed = check_scale(variance_scale, ess_scale), check_seed(seed)
         tensors = [p for matrices in self._parts for p in matrices.parameters]
         before, paused = [p.detach().clone() for p in tensors], self._bank.paused
         self._bank.paused = True

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from bayeslora.posterior_gaussian import GaussianParameter, prune_gaussians
 from bayeslora.posterior_lifecycle import PosteriorLifecycle
-from bayeslora.posterior_predict import check_scale, check_seeds, generate, predict
+from bayeslora.posterior_predict import check_scale, check_seed, check_seeds, generate, predict
 from bayeslora.posterior_sampling import SampleWriter
 from bayeslora.posterior_sweeps import Predictions, Sweep, prune_sweep, variance_sweep
 
@@ -165,13 +165,14 @@ class Posterior(PosteriorLifecycle):
 
         Raises:
             ValueError: a scale is out of range, or both are given.
+            TypeError: the seed is not an integer.
 
         Example:
             >>> with posterior.sample(seed=7), torch.no_grad():
             ...     logits = posterior.model(tokens).logits
         """
         variance_scale = check_scale(variance_scale, ess_scale)
-        with self._writer.sample(list(self.parameters.values()), seed, variance_scale):
+        with self._writer.sample(list(self.parameters.values()), check_seed(seed), variance_scale):
             yield
 
     def predict(
@@ -214,7 +215,8 @@ class Posterior(PosteriorLifecycle):
             ``average=False`` ``(S, batch, ..., classes)``.
 
         Raises:
-            ValueError: ``num_samples``, ``seeds``, a scale or ``max_batch`` is out of range.
+            ValueError: ``num_samples``, ``seeds``, a scale or ``max_batch`` is out of range, or the
+                posterior's adapter is not active.
             TypeError: a seed is not an integer, or the model returns no logits.
 
         Example:
@@ -264,8 +266,9 @@ class Posterior(PosteriorLifecycle):
             model's padding token after the end of shorter ones.
 
         Raises:
-            ValueError: an argument is out of range, or one that belongs to a single sample is given.
-            TypeError: the model has no ``generate``, or a seed is not an integer.
+            ValueError: an argument is out of range, one that belongs to a single sample is given, or the
+                posterior's adapter is not active.
+            TypeError: the model has no ``generate``, the inputs no tensor, or a seed is not an integer.
 
         Example:
             >>> ids = posterior.generate(tokens, num_samples=3, num_return_sequences=2, do_sample=True,

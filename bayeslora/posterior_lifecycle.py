@@ -40,7 +40,8 @@ class PosteriorLifecycle:
 
         Raises:
             TypeError: the model is not a PEFT model.
-            ValueError: the scale is out of range, or merging would give weights that are not finite.
+            ValueError: the scale is out of range, the posterior's adapter is not active, or merging would
+                give weights that are not finite.
 
         Example:
             >>> at_mean, sampled = posterior.merge(), posterior.merge(seed=3)
@@ -49,13 +50,18 @@ class PosteriorLifecycle:
             True
         """
         from bayeslora.patching import unpatch
+        from bayeslora.posterior_predict import check_in_use
 
         _require_peft(self.model)
+        check_in_use(self)
         with self.sample(0 if seed is None else seed, 0.0 if seed is None else variance_scale):
             if copy_model:
                 model = unpatch(copy.deepcopy(self.model))
                 return model.merge_and_unload(safe_merge=True)
             values = {name: p.detach().clone() for name, p in _named(self.model, self.mean).items()}
+        odd = [name for name, value in values.items() if not bool(value.isfinite().all())]
+        if odd:  # before the first layer is merged
+            raise ValueError(f"{odd[0]!r} holds NaN or infinity; merging would break the model")
         unpatch(self.model)
         with torch.no_grad():
             for name, p in _named(self.model, self.mean).items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,9 @@ _logger = logging.getLogger("bayeslora")
 _NOT_BY_ROW = frozenset({"cache_position", "logits_to_keep"})
 """Arguments of forward whose first dimension is not the batch's."""
 
+_NOT_REPEATED = ("prefix_allowed_tokens_fn", "assistant_model", "prompt_lookup_num_tokens")
+"""Settings of ``generate`` that count the prompts, or take a single one."""
+
 
 def check_seeds(num_samples: int | None, seed: int, seeds: Sequence[int] | None, default: int) -> list[int]:
     """Return the names of the samples.
@@ -36,16 +40,56 @@ def check_seeds(num_samples: int | None, seed: int, seeds: Sequence[int] | None,
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"num_samples must be >= 1, got {num_samples!r}")
     if seeds is None:
-        return list(range(seed, seed + (num_samples or default)))
-    names = list(seeds)
-    for name in names:
-        if not isinstance(name, int) or isinstance(name, bool):
-            raise TypeError(f"seeds must be integers, got {name!r}")
+        first = check_seed(seed)
+        return list(range(first, first + (num_samples or default)))
+    names = [check_seed(name, "seeds must be integers") for name in seeds]
     if not names or (num_samples is not None and len(names) != num_samples):
         raise ValueError(
             f"seeds has {len(names)} elements for num_samples={num_samples!r}; pass one seed a sample"
         )
     return names
+
+
+def check_seed(seed: Any, rule: str = "seed must be an integer") -> int:
+    """Return an integer of Python's, numpy's or torch's as Python's.
+
+    Raises:
+        TypeError: it is none.
+    """
+    try:
+        if not isinstance(seed, bool):
+            return operator.index(seed)
+    except TypeError:
+        pass
+    raise TypeError(f"{rule}, got {seed!r}")
+
+
+def check_in_use(posterior: Posterior) -> None:
+    """Check that a sample changes what the model computes; a disabled adapter is left to the caller.
+
+    Raises:
+        ValueError: the posterior's adapter is merged or not active.
+    """
+    if not hasattr(posterior.model, "peft_config"):
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    sampled = {id(p) for name, p in posterior.model.named_parameters() if name in posterior.mean}
+    for layer in posterior.model.modules():
+        if not isinstance(layer, BaseTunerLayer) or layer.disable_adapters:
+            continue
+        for held in layer.adapter_layer_names:
+            for adapter, part in getattr(layer, held).items():
+                own = part.parameters() if isinstance(part, nn.Module) else [part]
+                if not any(id(p) in sampled for p in own):
+                    continue
+                if adapter in layer.merged_adapters:
+                    raise ValueError(f"adapter {adapter!r} is merged; call model.unmerge_adapter() first")
+                if adapter not in layer.active_adapters:
+                    raise ValueError(
+                        f"the posterior is adapter {adapter!r}'s, active is {layer.active_adapters}; call "
+                        f"model.set_adapter({adapter!r}) first"
+                    )
 
 
 def check_scale(variance_scale: float, ess_scale: float | None) -> float:
@@ -162,6 +206,7 @@ def predict(
 ) -> Tensor:
     """Return probabilities, averaged or of each sample; see :meth:`Posterior.predict`."""
     _check_max_batch(max_batch)
+    check_in_use(posterior)
     model = posterior.model
 
     def folded(probabilities: Tensor) -> Tensor:
@@ -169,6 +214,8 @@ def predict(
 
     def one_pass(layers: SampledLayers) -> list[Tensor]:
         rows = _rows(batch)
+        if not rows:
+            raise NotBatched("the batch is empty")
 
         def run(chunk: Sequence[int]) -> Tensor:
             together = len(chunk) * rows
@@ -217,6 +264,7 @@ def generate(
 ) -> Tensor:
     """Return token ids ``(S, batch, k, length)``; see :meth:`Posterior.generate`."""
     _check_max_batch(max_batch)
+    check_in_use(posterior)
     if num_return_sequences < 1:
         raise ValueError(f"num_return_sequences must be >= 1, got {num_return_sequences!r}")
     model: Any = posterior.model
@@ -230,13 +278,18 @@ def generate(
                 "posterior.predict(..., average=False))"
             )
     given.update(settings)
-    rows = _rows(given)
+    rows = _prompts(given)
 
     def of_samples(arguments: dict[str, Any], count: int) -> Tensor:
-        tokens = model.generate(**arguments, num_return_sequences=num_return_sequences)
+        output = model.generate(**arguments, num_return_sequences=num_return_sequences)
+        tokens: Tensor = getattr(output, "sequences", output)  # the configuration may ask for a dict
         return tokens.view(count, rows, num_return_sequences, -1)
 
     def one_pass(layers: SampledLayers) -> list[Tensor]:
+        for name in _NOT_REPEATED:
+            if settings.get(name) is not None:
+                raise NotBatched(f"{name} is for the prompts of one sample")
+
         def run(chunk: Sequence[int]) -> Tensor:
             arguments = {
                 name: _repeated_value(name, value, rows, len(chunk), 2)
@@ -264,16 +317,31 @@ def generate(
     return _padded(parts, _pad_token(model, settings))
 
 
+def _prompts(given: Mapping[str, Any]) -> int:
+    """Return the number of prompts."""
+    try:
+        rows = _rows(given)
+    except NotBatched:
+        raise TypeError(
+            "inputs hold no tensor; pass token ids (batch, length), or a tokenizer's return_tensors='pt'"
+        ) from None
+    ids = given.get("input_ids")
+    if rows < 1 or (isinstance(ids, Tensor) and ids.dim() != 2):
+        shape = tuple(ids.shape) if isinstance(ids, Tensor) else (rows,)
+        raise ValueError(f"inputs have shape {shape}; pass (batch, length) with batch >= 1")
+    return rows
+
+
 def _pad_token(model: Any, settings: Mapping[str, Any]) -> int:
     """Return the token that ``generate`` fills finished sequences with."""
-    config: Any = settings.get("generation_config") or getattr(model, "generation_config", None)
+    configs = settings.get("generation_config"), getattr(model, "generation_config", None)
+    values = [
+        value
+        for name in ("pad_token_id", "eos_token_id")
+        for value in (settings.get(name), *(getattr(config, name, None) for config in configs))
+    ]
     value: Any
-    for value in (
-        settings.get("pad_token_id"),
-        getattr(config, "pad_token_id", None),
-        settings.get("eos_token_id"),
-        getattr(config, "eos_token_id", None),
-    ):
+    for value in values:
         first = value[0] if isinstance(value, (list, tuple)) and value else value
         if first is not None:
             return int(first)

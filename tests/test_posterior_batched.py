@@ -1,5 +1,6 @@
 """Several posterior samples in one pass: predict and generate equal one pass a sample, sample for sample."""
 
+import copy
 import logging
 import re
 
@@ -9,6 +10,7 @@ import torch._dynamo.testing
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -157,6 +159,49 @@ def test_the_sequential_route_and_chunks_give_the_same(llama):
     for most in (1, 4, None):
         found = llama.predict(batch, 3, batched=True, average=False, max_batch=most)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_settings_for_the_prompts_of_one_sample_run_in_turn(llama, caplog):
+    allowed = [[3, 4, 5], [6, 7, 8]]
+    prompts = {
+        "prefix_allowed_tokens_fn": (PROMPT, lambda prompt, ids: allowed[prompt]),
+        "prompt_lookup_num_tokens": (PROMPT[:1], 2),
+    }
+    for name, (prompt, value) in prompts.items():
+        settings = {"max_new_tokens": 3, "do_sample": False, name: value}
+        with caplog.at_level(logging.INFO, "bayeslora"):
+            found = llama.generate(prompt, seeds=SEEDS, **settings)
+        assert f"samples run one after another: {name}" in caplog.text
+        expected = _in_turn(llama, lambda p=prompt, s=settings: llama.model.generate(input_ids=p, **s))
+        assert torch.equal(found[:, :, 0], expected)
+
+
+def test_a_configuration_that_asks_for_a_dict_gives_the_tokens(llama):
+    expected = llama.generate(PROMPT, 2, max_new_tokens=3)
+    config = copy.deepcopy(llama.model.generation_config)
+    config.update(return_dict_in_generate=True, output_scores=True, max_new_tokens=3)
+    for batched in (True, False):
+        assert torch.equal(llama.generate(PROMPT, 2, generation_config=config, batched=batched), expected)
+
+
+def test_shorter_answers_end_in_the_models_padding_under_another_configuration(llama):
+    prompt = torch.randint(3, 50, (1, 5), generator=torch.Generator().manual_seed(1))
+    llama.model.generation_config.pad_token_id = 0
+    first, *others = llama.generate(prompt, 8, max_new_tokens=6, do_sample=False)[:, 0, 0, 5].tolist()
+    assert set(others) - {first}  # one answer ends at once, another goes on
+    config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=first)
+    found = llama.generate(prompt, 8, generation_config=config, batched=False)
+    assert found[0, 0, 0, 6:].eq(0).all() and found.shape[-1] > 6
+    assert torch.equal(found, llama.generate(prompt, 8, generation_config=config))
+
+
+def test_seeds_may_be_an_array_and_a_batch_empty(llama):
+    expected = llama.predict(PROMPT, 3, average=False)
+    for seeds in (torch.arange(3), torch.arange(3).numpy()):
+        assert torch.equal(llama.predict(PROMPT, seeds=seeds, average=False), expected)
+    for batched in (True, False):
+        with pytest.raises(RuntimeError, match="0 elements"):  # the model's own
+            llama.predict(PROMPT[:0], 3, batched=batched)
 
 
 def test_sampled_tokens_come_from_every_sample(llama):
@@ -326,6 +371,16 @@ def test_bad_arguments(llama, arguments, match):
 def test_bad_arguments_of_generate(llama):
     with pytest.raises(TypeError, match="seeds must be integers"):
         llama.generate(PROMPT, seeds=[0.5])
+    for seed in (0.5, "1", None, True):
+        for call in (lambda s: llama.sample(s).__enter__(), lambda s: llama.predict(PROMPT, 1, seed=s)):
+            with pytest.raises(TypeError, match="seed must be an integer"):
+                call(seed)
+    for inputs in ("text", [1, 2], PROMPT.tolist(), {}):
+        with pytest.raises(TypeError, match="inputs hold no tensor; pass token ids"):
+            llama.generate(inputs, 2)
+    for inputs in (PROMPT[0], PROMPT[:0]):
+        with pytest.raises(ValueError, match=r"pass \(batch, length\) with batch >= 1"):
+            llama.generate(inputs, 2)
     with pytest.raises(ValueError, match="num_return_sequences must be >= 1"):
         llama.generate(PROMPT, 2, num_return_sequences=0)
     with pytest.raises(ValueError, match="return_dict_in_generate belongs to one sample"):

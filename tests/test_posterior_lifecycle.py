@@ -173,6 +173,41 @@ def test_merged_weights_predict_as_the_sample(posterior, seed, copy_model):
         assert posterior.predict({"input_ids": TOKENS}, 2, batched=True).shape == (2, 7, 50)
 
 
+def test_merging_what_is_not_finite_changes_nothing(posterior):
+    before, kinds = _adapter(posterior.model), [type(m) for m in posterior.model.modules()]
+    list(posterior.mean.values())[-1][0, 0] = float("nan")
+    with pytest.raises(ValueError, match="holds NaN or infinity"):
+        posterior.merge(seed=1, copy_model=False)
+    assert _same(before, _adapter(posterior.model))
+    assert kinds == [type(m) for m in posterior.model.modules()]
+
+
+@pytest.mark.parametrize("kind", ["ivon", "monteclora"])
+def test_an_adapter_that_is_not_in_use_is_refused(kind, posterior):
+    if kind == "monteclora":
+        posterior = Posterior.from_monteclora(patched_model().eval())
+    model, batch = posterior.model, {"input_ids": TOKENS}
+    wanted = posterior.predict(batch, 2)
+    posterior.add_adapter("other", seeds=[3])
+    for change, match, back in (
+        (lambda: model.set_adapter("other"), r"call model.set_adapter\('default'\)", model.set_adapter),
+        (model.merge_adapter, "'default' is merged", lambda name: model.unmerge_adapter()),
+    ):
+        change()
+        for call in (
+            lambda: posterior.predict(batch, 2),
+            lambda: posterior.predict(batch, 2, batched=True),
+            lambda: posterior.generate(TOKENS, 2, max_new_tokens=2),
+            posterior.merge,
+        ):
+            with pytest.raises(ValueError, match=match):
+                call()
+        back("default")
+    torch.testing.assert_close(posterior.predict(batch, 2), wanted)
+    with model.disable_adapter(), torch.no_grad():
+        torch.testing.assert_close(posterior.predict(batch, 2), model(TOKENS).logits.softmax(-1))
+
+
 def test_an_adapter_of_the_mean_a_sample_and_an_average(posterior):
     model = posterior.model
     draws = [_samples(posterior, s) for s in (1, 2, 3)]
