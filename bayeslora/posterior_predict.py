@@ -70,26 +70,41 @@ def check_in_use(posterior: Posterior) -> None:
     Raises:
         ValueError: the posterior's adapter is merged or not active.
     """
+    for layer, adapter in _homes(posterior):
+        if layer.disable_adapters:
+            continue
+        if adapter in layer.merged_adapters:
+            raise ValueError(f"adapter {adapter!r} is merged; call model.unmerge_adapter() first")
+        if adapter not in layer.active_adapters:
+            raise ValueError(
+                f"the posterior is adapter {adapter!r}'s, active is {layer.active_adapters}; call "
+                f"model.set_adapter({adapter!r}) first"
+            )
+
+
+def _homes(posterior: Posterior) -> list[tuple[Any, str]]:
+    """Return PEFT's layers that hold the posterior's parameters, and the adapter they are of.
+
+    Found once: a search through a large model takes longer than a pass of few tokens.
+    """
+    found: list[tuple[Any, str]] | None = posterior.__dict__.get("_homes")
+    if found is not None:
+        return found
+    found = posterior.__dict__["_homes"] = []
     if not hasattr(posterior.model, "peft_config"):
-        return
+        return found
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     sampled = {id(p) for name, p in posterior.model.named_parameters() if name in posterior.mean}
     for layer in posterior.model.modules():
-        if not isinstance(layer, BaseTunerLayer) or layer.disable_adapters:
+        if not isinstance(layer, BaseTunerLayer):
             continue
-        for held in layer.adapter_layer_names:
-            for adapter, part in getattr(layer, held).items():
-                own = part.parameters() if isinstance(part, nn.Module) else [part]
-                if not any(id(p) in sampled for p in own):
-                    continue
-                if adapter in layer.merged_adapters:
-                    raise ValueError(f"adapter {adapter!r} is merged; call model.unmerge_adapter() first")
-                if adapter not in layer.active_adapters:
-                    raise ValueError(
-                        f"the posterior is adapter {adapter!r}'s, active is {layer.active_adapters}; call "
-                        f"model.set_adapter({adapter!r}) first"
-                    )
+        parts = (item for name in layer.adapter_layer_names for item in getattr(layer, name).items())
+        for adapter, part in parts:
+            own = part.parameters() if isinstance(part, nn.Module) else [part]
+            if (layer, adapter) not in found[-1:] and any(id(p) in sampled for p in own):
+                found.append((layer, adapter))
+    return found
 
 
 def check_scale(variance_scale: float, ess_scale: float | None) -> float:
