@@ -135,7 +135,12 @@ def _backward(ctx: Any, dy: Tensor | None, _dh: Tensor | None) -> tuple[Tensor |
 _lora_linear.register_autograd(_backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op("bayeslora::lora_linear_group", mutates_args=())
+@torch.library.custom_op(
+    "bayeslora::lora_linear_group",
+    mutates_args=(),
+    schema="(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] lora_as, Tensor[] lora_bs, "
+    "float scaling, ScalarType dtype) -> Tensor[]",
+)
 def _lora_linear_group(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -167,7 +172,12 @@ def _(
     return ys + [x.new_empty(math.prod(leading), lora_a.shape[0], dtype=dtype) for lora_a in lora_as]
 
 
-@torch.library.custom_op("bayeslora::lora_linear_group_backward", mutates_args=())
+@torch.library.custom_op(
+    "bayeslora::lora_linear_group_backward",
+    mutates_args=(),
+    schema="(Tensor[] dys, Tensor x, Tensor[] weights, Tensor[] lora_as, Tensor[] lora_bs, Tensor[] hidden, "
+    "float scaling, bool needs_x) -> Tensor[]",
+)
 def _lora_linear_group_backward(
     dys: Sequence[Tensor],
     x: Tensor,

@@ -387,10 +387,13 @@ def patch(model: _Model, adapter_name: str | None = None) -> _Model:
 
 
 def _group_compiled_layers() -> None:
-    """Have inductor group the layers of compiled models."""
-    from .lora_graph_pass import install  # torch.compile's own modules, which only a patched model needs
+    """Have inductor group the layers of compiled models, where this torch has a place for the pass."""
+    try:
+        from .lora_graph_pass import install  # torch.compile's own modules, which only a patched model needs
 
-    install()
+        install()
+    except (ImportError, AttributeError) as error:
+        _logger.debug("compiled layers are not grouped: %s", error)
 
 
 def unpatch(model: _Model) -> _Model:

@@ -247,6 +247,15 @@ def test_patch_takes_inductors_place_for_the_pass_unless_it_is_taken(device):
         assert config.post_grad_custom_pre_pass is len
 
 
+def test_a_torch_without_a_place_for_the_pass_is_patched_all_the_same(device, monkeypatch):
+    def absent():
+        raise AttributeError("post_grad_custom_pre_pass does not exist")
+
+    monkeypatch.setattr(lora_graph_pass, "install", absent)
+    model = _llama(device)
+    assert type(model.base_model.model.model.layers[0].mlp.up_proj).__name__ == "FusedLoraLinear"
+
+
 @pytest.mark.skipif(
     not torch.cuda.is_available() and shutil.which("g++") is None, reason="needs a C++ compiler"
 )
