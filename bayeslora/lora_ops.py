@@ -191,9 +191,9 @@ def _lora_linear_group_backward(
     """Return dx (empty where it is not needed), summed over the layers, every dA, then every dB."""
     dtype, wanted = dys[0].dtype, [True] * len(dys)
     parts = zip(weights, [None] * len(dys), lora_as, lora_bs, strict=True)
-    _, _, lora_a, cast_bs = operands([LoraWeights(*layer) for layer in parts], dtype)
+    cast_weights, _, lora_a, cast_bs = operands([LoraWeights(*layer) for layer in parts], dtype)
     flat = cast(x, dtype).reshape(-1, x.shape[-1])
-    saved = Saved(flat, torch.cat(list(hidden), 1), None, lora_a, cast_bs, weights)
+    saved = Saved(flat, torch.cat(list(hidden), 1), None, lora_a, cast_bs, cast_weights)
     dtypes = [(a.dtype, b.dtype) for a, b in zip(lora_as, lora_bs, strict=True)]
     with torch.autocast(dys[0].device.type, enabled=False):
         dx, das, dbs = backward(dys, saved, Needs(needs_x, wanted, wanted), dtypes, scaling, 0.0)

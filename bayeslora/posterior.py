@@ -52,6 +52,7 @@ class Posterior(PosteriorLifecycle):
     def __post_init__(self) -> None:
         self._writer = SampleWriter()
         self._stds: dict[int, tuple[Any, Tensor]] = {}  # of posterior_batched.py
+        self._homes: list[tuple[Any, str]] | None = None  # of posterior_predict.py
 
     # ---- where it comes from ---------------------------------------------------------------------
 

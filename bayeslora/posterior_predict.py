@@ -87,10 +87,10 @@ def _homes(posterior: Posterior) -> list[tuple[Any, str]]:
 
     Found once: a search through a large model takes longer than a pass of few tokens.
     """
-    found: list[tuple[Any, str]] | None = posterior.__dict__.get("_homes")
-    if found is not None:
-        return found
-    found = posterior.__dict__["_homes"] = []
+    if posterior._homes is not None:
+        return posterior._homes
+    found: list[tuple[Any, str]] = []
+    posterior._homes = found
     if not hasattr(posterior.model, "peft_config"):
         return found
     from peft.tuners.tuners_utils import BaseTunerLayer

@@ -106,7 +106,8 @@ def in_short(summary: Path, table: _Table) -> str:
     trained = [row for row in rows if row["task"] == row["data"]]
     way = _WAYS[rows[0]["objective"], rows[0]["scoring"]].capitalize()
     note = f"Accuracy % / ECE % / NLL, means over 5 seeds, or as many as brackets say. {way}."
-    return f"{_by_task(trained, _SHORT, table)}\n\n{note} {_STAR}"
+    text = _by_task(trained, _SHORT, table)
+    return f"{text}\n\n{note} {_STAR if ' * |' in text else ''}".rstrip()
 
 
 def elsewhere(summary: Path, table: _Table) -> str:

@@ -104,7 +104,8 @@ def test_groups_of_a_model_compute_what_their_layers_do(how, device, one_node_a_
     assert len(found) == len(expected) == 1 + 14 * layers
     for got, want in zip(found, expected, strict=True):
         assert got.dtype == want.dtype
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-8)
+        tolerance = 1e-5 if how == "fp32 adapters" else 1e-11
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=1e-3 * tolerance)
 
 
 def test_a_graph_without_gradients_is_grouped_too(device, one_node_a_layer):
