@@ -4,14 +4,15 @@ Eager calls are grouped as they happen (``lora_group.py``), which Dynamo cannot 
 state. Here the graph is at hand: `LoraGroupPass` runs over each graph that inductor compiles, forward or
 backward, after autograd has been traced, and joins nodes of ``lora_ops.py`` that have the same x:
 
-- ``lora_linear`` (several) -> ``lora_linear_group``: x read once for the layers' h;
-- ``lora_linear_backward`` (several) -> ``lora_linear_group_backward``: x read once for dA, and one dx in
-  place of the sum of theirs, which is found and taken out.
+- ``lora_linear`` (several) -> ``lora_linear_group``: x read once for the layers' h, which are slices of one
+  tensor from then on;
+- ``lora_linear_backward`` (several) -> ``lora_linear_group_backward``: x read once for dA, of which the
+  layers' are slices, and one dx in place of the sum of theirs, which is found and taken out.
 
 Nodes stay apart where joining would change what they compute or when it can be: dropout (each node has a
-mask of its own), gradients not all wanted, operands that come after the first forward node, a dy that
-depends on another of the nodes, dx's that anything but their sum reads. Inductor alone runs such passes;
-other backends compile a node a layer.
+mask of its own), gradients not all wanted, A of several dtypes, operands that come after the first forward
+node, a dy that depends on another of the nodes, dx's that anything but their sum reads. Inductor alone runs
+such passes; other backends compile a node a layer.
 """
 
 import operator
@@ -29,6 +30,7 @@ from . import lora_ops
 _FORWARD = torch.ops.bayeslora.lora_linear.default
 _BACKWARD = torch.ops.bayeslora.lora_linear_backward.default
 _ADD = torch.ops.aten.add.Tensor
+_SLICE = torch.ops.aten.slice.Tensor
 
 Order = dict[fx.Node, int]
 
@@ -75,7 +77,9 @@ def _key(node: fx.Node) -> Any:
         x, _, _, _, _, scaling, dropout_p, seed, dtype = node.args
         return None if dropout_p or seed is not None else (x, scaling, dtype)
     _, x, _, _, _, _, scaling, dropout_p, seed, needs_x, *needs = node.args
-    return None if dropout_p or seed is not None or not all(needs) else (x, scaling, needs_x)
+    if dropout_p or seed is not None or not all(needs):
+        return None
+    return x, scaling, needs_x, node.meta["val"][1].dtype
 
 
 def _parts(node: fx.Node) -> dict[int, fx.Node]:
@@ -92,6 +96,26 @@ def _outputs(graph: fx.Graph, group: fx.Node, values: Sequence[Any]) -> list[fx.
             nodes.append(graph.call_function(operator.getitem, (group, i)))
             nodes[-1].meta["val"] = value
     return nodes[::-1]
+
+
+def _slices(graph: fx.Graph, whole: fx.Node, dim: int, like: Sequence[Any]) -> list[fx.Node]:
+    """Add a node for each part of ``whole`` along ``dim``, of the sizes of ``like``, behind it."""
+    nodes, start, after = [], 0, whole
+    for value in like:
+        end = start + value.shape[dim]
+        with graph.inserting_after(after):
+            after = graph.call_function(_SLICE, (whole, dim, start, end))
+        after.meta["val"] = whole.meta["val"].narrow(dim, start, end - start)
+        nodes.append(after)
+        start = end
+    return nodes
+
+
+def _joined(values: Sequence[Any], dim: int) -> Any:
+    """Return an example of the tensor that ``values`` are the parts of."""
+    shape = list(values[0].shape)
+    shape[dim] = sum(value.shape[dim] for value in values)
+    return values[0].new_empty(shape)
 
 
 def _replace(graph: fx.Graph, nodes: Iterable[fx.Node], replaced: Sequence[tuple[fx.Node, fx.Node]]) -> None:
@@ -118,18 +142,21 @@ def _join_forward(graph: fx.Graph, nodes: list[fx.Node], order: Order) -> bool:
             torch.ops.bayeslora.lora_linear_group.default,
             (x, weights, biases, lora_as, lora_bs, scaling, dtype),
         )
-    kept = [node.meta["val"][part] for part in (0, 1) for node in nodes]
-    outputs = _outputs(graph, group, kept)
-    new = {(node, part): outputs[i + part * len(nodes)] for i, node in enumerate(nodes) for part in (0, 1)}
-    _replace(graph, nodes, [(old, new[node, i]) for node in nodes for i, old in _parts(node).items()])
+    ys, hidden = zip(*(node.meta["val"] for node in nodes), strict=True)
+    outputs = _outputs(graph, group, [*ys, _joined(hidden, 1)])
+    columns = _slices(graph, outputs.pop(), 1, hidden)
+    new = dict(zip(nodes, zip(outputs, columns, strict=True), strict=True))
+    _replace(graph, nodes, [(old, new[node][i]) for node in nodes for i, old in _parts(node).items()])
     return True
 
 
 def _join_backward(graph: fx.Graph, nodes: list[fx.Node], order: Order) -> bool:
     last = max(nodes, key=order.__getitem__)
+    # As in the forward, so that the layers' h lie side by side.
+    nodes = sorted(nodes, key=lambda node: order[node.args[5]])  # type: ignore[index]
     if any(_takes_twice(node) for node in nodes) or _depend_on_each_other(nodes, order):
         return False
-    n, needs_x = len(nodes), bool(last.args[9])
+    needs_x = bool(last.args[9])
     adds: list[fx.Node] = []
     if needs_x:
         found = _sum_of([_parts(node).get(0) for node in nodes])
@@ -148,15 +175,15 @@ def _join_backward(graph: fx.Graph, nodes: list[fx.Node], order: Order) -> bool:
             torch.ops.bayeslora.lora_linear_group_backward.default,
             (dys, last.args[1], weights, lora_as, lora_bs, hidden, last.args[6], needs_x),
         )
-    kept = [last.meta["val"][0], *(node.meta["val"][part] for part in (1, 2) for node in nodes)]
-    dx, *outputs = _outputs(graph, group, kept)
+    _, das, dbs = zip(*(node.meta["val"] for node in nodes), strict=True)
+    dx, da, *outputs = _outputs(graph, group, [last.meta["val"][0], _joined(das, 0), *dbs])
     if adds:
         adds[-1].replace_all_uses_with(dx)
         for add in reversed(adds):
             graph.erase_node(add)
-    new = {(node, part): outputs[i + (part - 1) * n] for i, node in enumerate(nodes) for part in (1, 2)}
+    new = dict(zip(nodes, zip(_slices(graph, da, 0, das), outputs, strict=True), strict=True))
     parts = [(node, i, old) for node in nodes for i, old in _parts(node).items()]
-    _replace(graph, nodes, [(old, new[node, i]) for node, i, old in parts if i > 0])
+    _replace(graph, nodes, [(old, new[node][i - 1]) for node, i, old in parts if i > 0])
     return True
 
 

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from .lora_passes import Layer, LoraWeights, Needs, Saved, backward, forward, operands
 from .lora_products import cast
+from .operators import operator
 
 
-@torch.library.custom_op("bayeslora::lora_linear", mutates_args=())
+@operator("lora_linear")
 def _lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -36,7 +37,7 @@ def _lora_linear(
     return y, hidden
 
 
-@_lora_linear.register_fake
+@torch.library.register_fake("bayeslora::lora_linear")
 def _(
     x: Tensor,
     weight: Tensor,
@@ -53,7 +54,7 @@ def _(
     return y, x.new_empty(math.prod(leading), lora_a.shape[0], dtype=dtype)
 
 
-@torch.library.custom_op("bayeslora::lora_linear_backward", mutates_args=())
+@operator("lora_linear_backward")
 def _lora_linear_backward(
     dy: Tensor,
     x: Tensor,
@@ -83,7 +84,7 @@ def _lora_linear_backward(
     )
 
 
-@_lora_linear_backward.register_fake
+@torch.library.register_fake("bayeslora::lora_linear_backward")
 def _(
     dy: Tensor,
     x: Tensor,
@@ -132,13 +133,12 @@ def _backward(ctx: Any, dy: Tensor | None, _dh: Tensor | None) -> tuple[Tensor |
     return *gradients, None, None, None, None
 
 
-_lora_linear.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd("bayeslora::lora_linear", _backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op(
-    "bayeslora::lora_linear_group",
-    mutates_args=(),
-    schema="(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] lora_as, Tensor[] lora_bs, "
+@operator(
+    "lora_linear_group",
+    "(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] lora_as, Tensor[] lora_bs, "
     "float scaling, ScalarType dtype) -> Tensor[]",
 )
 def _lora_linear_group(
@@ -150,14 +150,13 @@ def _lora_linear_group(
     scaling: float,
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    """Return every layer's y, then every layer's h, as `_lora_linear` of each without dropout."""
+    """Return every layer's y as `_lora_linear` without dropout, then their h side by side ``(M, Σr)``."""
     layers = [LoraWeights(*parts) for parts in zip(weights, biases, lora_as, lora_bs, strict=True)]
     ys, _, hidden, _, _ = forward(x, layers, scaling, 0.0, None, dtype)
-    columns = hidden.split_with_sizes([lora_a.shape[0] for lora_a in lora_as], 1)
-    return [*ys, *(part.clone(memory_format=torch.contiguous_format) for part in columns)]
+    return [*ys, hidden]
 
 
-@_lora_linear_group.register_fake
+@torch.library.register_fake("bayeslora::lora_linear_group")
 def _(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -169,13 +168,13 @@ def _(
 ) -> list[Tensor]:
     leading = x.shape[:-1]
     ys = [x.new_empty(*leading, weight.shape[0], dtype=dtype) for weight in weights]
-    return ys + [x.new_empty(math.prod(leading), lora_a.shape[0], dtype=dtype) for lora_a in lora_as]
+    ranks = sum(lora_a.shape[0] for lora_a in lora_as)
+    return [*ys, x.new_empty(math.prod(leading), ranks, dtype=dtype)]
 
 
-@torch.library.custom_op(
-    "bayeslora::lora_linear_group_backward",
-    mutates_args=(),
-    schema="(Tensor[] dys, Tensor x, Tensor[] weights, Tensor[] lora_as, Tensor[] lora_bs, Tensor[] hidden, "
+@operator(
+    "lora_linear_group_backward",
+    "(Tensor[] dys, Tensor x, Tensor[] weights, Tensor[] lora_as, Tensor[] lora_bs, Tensor[] hidden, "
     "float scaling, bool needs_x) -> Tensor[]",
 )
 def _lora_linear_group_backward(
@@ -188,17 +187,34 @@ def _lora_linear_group_backward(
     scaling: float,
     needs_x: bool,
 ) -> list[Tensor]:
-    """Return dx (empty where it is not needed), summed over the layers, every dA, then every dB."""
+    """Return dx (empty where it is not needed), summed over the layers; dA ``(Σr, K)``; every dB.
+
+    The layers' A have one dtype. ``hidden`` are the forward's columns; apart in memory, they are copied.
+    """
     dtype, wanted = dys[0].dtype, [True] * len(dys)
     parts = zip(weights, [None] * len(dys), lora_as, lora_bs, strict=True)
     cast_weights, _, lora_a, cast_bs = operands([LoraWeights(*layer) for layer in parts], dtype)
     flat = cast(x, dtype).reshape(-1, x.shape[-1])
-    saved = Saved(flat, torch.cat(list(hidden), 1), None, lora_a, cast_bs, cast_weights)
+    saved = Saved(flat, _joined(hidden, 1), None, lora_a, cast_bs, cast_weights)
     dtypes = [(a.dtype, b.dtype) for a, b in zip(lora_as, lora_bs, strict=True)]
     with torch.autocast(dys[0].device.type, enabled=False):
         dx, das, dbs = backward(dys, saved, Needs(needs_x, wanted, wanted), dtypes, scaling, 0.0)
-    gradients = [_apart(part) for part in (*das, *dbs) if part is not None]
+    gradients = [_apart(part) for part in (_joined(das, 0), *dbs)]  # type: ignore[arg-type]
     return [x.new_empty(0) if dx is None else cast(dx, x.dtype).view(x.shape), *gradients]
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """Return matrices joined, contiguous: without a copy where they are the parts of one, in order."""
+    first, size = parts[0], list(parts[0].shape)
+    storage, strides, offset = first.untyped_storage().data_ptr(), first.stride(), first.storage_offset()
+    size[dim] = sum(part.shape[dim] for part in parts)
+    for part in parts:
+        where = part.untyped_storage().data_ptr(), part.stride(), part.storage_offset()
+        if where != (storage, strides, offset):
+            return torch.cat(list(parts), dim)
+        offset += part.shape[dim] * strides[dim]
+    joined = first.as_strided(size, strides)
+    return joined if joined.is_contiguous() else torch.cat(list(parts), dim)
 
 
 def _apart(part: Tensor) -> Tensor:
@@ -206,7 +222,7 @@ def _apart(part: Tensor) -> Tensor:
     return part if part.untyped_storage().nbytes() == part.nbytes else part.clone()
 
 
-@_lora_linear_group_backward.register_fake
+@torch.library.register_fake("bayeslora::lora_linear_group_backward")
 def _(
     dys: Sequence[Tensor],
     x: Tensor,
@@ -218,7 +234,8 @@ def _(
     needs_x: bool,
 ) -> list[Tensor]:
     dx = x.new_empty(x.shape if needs_x else (0,))
-    return [dx, *(part.new_empty(part.shape) for part in (*lora_as, *lora_bs))]
+    da = lora_as[0].new_empty(sum(lora_a.shape[0] for lora_a in lora_as), x.shape[-1])
+    return [dx, da, *(lora_b.new_empty(lora_b.shape) for lora_b in lora_bs)]
 
 
 def compiled_lora_linear(

@@ -9,9 +9,10 @@ from torch import Tensor
 from .kernels.lora_perturbed_twin import Perturbation
 from .lora_linear import LoraWeights
 from .lora_perturbed import perturbed_layer
+from .operators import operator
 
 
-@torch.library.custom_op("bayeslora::perturbed_lora_linear", mutates_args=())
+@operator("perturbed_lora_linear")
 def perturbed_lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -33,7 +34,7 @@ def perturbed_lora_linear(
     return perturbed_layer(x, layer, scaling, perturbation, 0.0, None, dtype)
 
 
-@perturbed_lora_linear.register_fake
+@torch.library.register_fake("bayeslora::perturbed_lora_linear")
 def _(
     x: Tensor,
     weight: Tensor,

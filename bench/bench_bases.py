@@ -1,11 +1,13 @@
 """Steps on quantized and on compiled bases: forward and backward, patched against PEFT's, in one run.
 
-    python bench/bench_bases.py --out FOLDER [--only quantized|compiled]
+    python bench/bench_bases.py --out FOLDER [--only quantized|compiled] [--modes ...] [--lengths ...]
 
 quantized: a Llama-3.2-3B shape on bitsandbytes int8 and nf4 (skipped without bitsandbytes), PEFT's layers
 against patched ones on the same base, adapters in PEFT's default fp32, all-linear r16; about 90 s on one GPU.
 compiled: eight layers of that shape under ``torch.compile`` (inductor): the base alone, PEFT, patched, of
-8 x 512 and 8 x 256 tokens; about 200 s. On a CPU a toy checks the script and measures nothing.
+8 x 512 and 8 x 256 tokens, in both of inductor's modes that do not search for kernels, "default" and
+"reduce-overhead" (which replays CUDA graphs); about 100 s for one mode and length. On a CPU a toy checks
+the script and measures nothing.
 
 Before a pair is timed, the patched layers' loss and adapter gradients must be PEFT's to within TOLERANCE, or
 what PEFT's own move by when its adapters are rounded to bf16.
@@ -14,9 +16,10 @@ what PEFT's own move by when its adapters are rounded to bf16.
 import argparse
 import copy
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from importlib.util import find_spec
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 
 import torch
@@ -42,6 +45,8 @@ TOLERANCE = 0.05  # roundings of 2^-9 through 28 layers; a wrong term gives 0.5 
 ROUNDINGS = 1.5  # of those that PEFT makes itself with bf16 adapters
 ROUNDS = 12 if CUDA else 2
 LENGTHS = (512, 256) if CUDA else (16,)
+MODES = ("default", "reduce-overhead")
+WARMUPS = 3
 
 
 def quantize(model: nn.Module, kind: str) -> nn.Module:
@@ -202,36 +207,41 @@ def quantized(shape: dict[str, int]) -> Iterator[dict]:
             torch.cuda.empty_cache()
 
 
-def compiled(shape: dict[str, int]) -> Iterator[dict]:
-    backend = "inductor" if CUDA else "aot_eager"
+def compiled(shape: dict[str, int], modes: Sequence[str], lengths: Sequence[int]) -> Iterator[dict]:
     shape = {**shape, "num_hidden_layers": min(8, shape["num_hidden_layers"])}
     base = build_base(shape)
     model = with_adapters(twin(base))
-    for length in LENGTHS:
+    for length, mode in product(lengths, modes):
         torch._dynamo.reset()  # a graph for this length, not one for any
-        yield _compiled_at(length, base, model, shape, backend)
+        yield _compiled_at(length, mode, base, model, shape)
 
 
-def _compiled_at(length: int, base: nn.Module, model: nn.Module, shape: dict[str, int], backend: str) -> dict:
+def _compiled_at(length: int, mode: str, base: nn.Module, model: nn.Module, shape: dict[str, int]) -> dict:
     tokens = tokens_of(shape, length)
     kinds = {"base": base, "PEFT": model, "patched": patch(twin(model))}
     eager = {name: Row(name, module, tokens) for name, module in kinds.items()}
     rows = []
     for name, module in kinds.items():
         row = Row(f"{name} compiled", module, tokens)
-        whole = torch.compile(module, backend=backend)
+        whole = torch.compile(module, mode=mode) if CUDA else torch.compile(module, backend="aot_eager")
 
         def step(whole: nn.Module = whole) -> Tensor:
+            torch.compiler.cudagraph_mark_step_begin()
             loss = whole(input_ids=tokens, labels=tokens, use_cache=False).loss
             loss.backward()
             return loss.detach()
 
         row.step = step
         rows.append(row)
+    for row in rows:
+        for _ in range(WARMUPS):  # "reduce-overhead" captures at the second and third step
+            row.step()
+            _clear_gradients(row.model)
     checked = {row.variant: check(eager["PEFT"], row) for row in rows[1:]}
     pairs = [("patched compiled", "base compiled"), ("PEFT compiled", "base compiled")]
+    name = "compiled" if mode == "default" else f"compiled, {mode}"
     layers = shape["num_hidden_layers"]
-    title = f"compiled, {layers} layers, all-linear r16, {tokens.shape[0]}x{tokens.shape[1]}"
+    title = f"{name}, {layers} layers, all-linear r16, {tokens.shape[0]}x{tokens.shape[1]}"
     return timed(title, rows, pairs, checked)
 
 
@@ -239,9 +249,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the JSON file")
     parser.add_argument("--only", choices=["quantized", "compiled"])
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="of the compiled rows")
+    parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, help="of the compiled rows")
     arguments = parser.parse_args()
     shape = LLAMA_3B if CUDA else TOY
-    parts = {"quantized": quantized, "compiled": compiled}
+    parts = {
+        "quantized": quantized,
+        "compiled": partial(compiled, modes=arguments.modes, lengths=arguments.lengths),
+    }
     names = [arguments.only] if arguments.only else list(parts)
     kind = "".join(c if c.isalnum() else "_" for c in environment()["device"]).strip("_").lower()
     file = arguments.out / f"bases_{'_'.join(names)}_{kind}.json"

@@ -230,11 +230,29 @@ def test_the_registered_operators_keep_their_promises(needs_x, adapter_dtype, de
     lora_as = [tensor(r, 10, dtype=adapter_dtype) for r in ranks]
     lora_bs = [tensor(n, r, dtype=adapter_dtype) for n, r in zip(sizes, ranks, strict=True)]
     arguments = (x, weights, biases, lora_as, lora_bs, 1.7, torch.float32)
-    torch.library.opcheck(lora_ops._lora_linear_group, arguments)
-    hidden = lora_ops._lora_linear_group(*arguments)[2:]
+    torch.library.opcheck(lora_ops._lora_linear_group, arguments, rtol=1e-5, atol=1e-6)
+    hidden = lora_ops._lora_linear_group(*arguments)[2].split(ranks, 1)
     dys = [tensor(2, 3, n) for n in sizes]
-    arguments = (dys, x, weights, lora_as, lora_bs, hidden, 1.7, needs_x)
-    torch.library.opcheck(lora_ops._lora_linear_group_backward, arguments)
+    results = []
+    for columns in (hidden, [column.contiguous() for column in hidden]):
+        arguments = (dys, x, weights, lora_as, lora_bs, columns, 1.7, needs_x)
+        torch.library.opcheck(lora_ops._lora_linear_group_backward, arguments, rtol=1e-5, atol=1e-6)
+        results.append(lora_ops._lora_linear_group_backward(*arguments))
+    torch.testing.assert_close(*results, rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_parts_in_order_are_joined_where_they_lie(dim):
+    whole = torch.arange(24.0).view(4, 6)
+    parts = whole.split((1, 2, 1) if dim == 0 else (1, 3, 2), dim)
+    joined = lora_ops._joined(parts, dim)
+    assert joined.data_ptr() == whole.data_ptr()
+    assert torch.equal(joined, whole)
+    for others in (parts[::-1], parts[:2] + parts[:1], [part.clone() for part in parts], parts[::2]):
+        copied = lora_ops._joined(others, dim)
+        assert copied.is_contiguous()
+        assert copied.data_ptr() not in [part.data_ptr() for part in others]
+        assert torch.equal(copied, torch.cat(list(others), dim))
 
 
 def test_patch_takes_inductors_place_for_the_pass_unless_it_is_taken(device):
@@ -261,9 +279,16 @@ def test_a_torch_without_a_place_for_the_pass_is_patched_all_the_same(device, mo
     not torch.cuda.is_available() and shutil.which("g++") is None, reason="needs a C++ compiler"
 )
 def test_inductor_runs_the_pass(device, one_node_a_layer, monkeypatch):
-    made = []
-    group = lora_graph_pass.group_layers
+    made, copied = [], []
+    group, join = lora_graph_pass.group_layers, lora_ops._joined
     monkeypatch.setattr(lora_graph_pass, "group_layers", lambda graph: made.append(group(graph)))
+
+    def joined(parts, dim):
+        whole = join(parts, dim)
+        copied.append(whole.data_ptr() != parts[0].data_ptr())
+        return whole
+
+    monkeypatch.setattr(lora_ops, "_joined", joined)
     model = _llama(device, torch.float32)
     block = model.base_model.model.model.layers[0].mlp
     x = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(2)).to(device)
@@ -275,5 +300,6 @@ def test_inductor_runs_the_pass(device, one_node_a_layer, monkeypatch):
             y.square().sum().backward()
         results.append([y, *(p.grad for p in block.parameters() if p.grad is not None)])
     assert made == [1, 1]  # forward and backward
+    assert copied == [False, False]  # h and dA
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
