@@ -13,7 +13,7 @@ low-rank adaptation" (TMLR 2025).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -85,15 +85,18 @@ def _ensure_sampler(layer: Any, adapter: str, config: Any) -> None:
     buffered.buffer, buffered.index = [], buffered.buffer_size  # PEFT's own forward would fill it again
 
 
-def _scopes(model: nn.Module) -> Iterable[nn.Module]:
-    """Yield the modules whose calls are forwards of the model: itself, and what PEFT wraps."""
-    yield model
-    inner: Any = getattr(model, "base_model", None)
-    if isinstance(inner, nn.Module) and hasattr(model, "peft_config"):
-        yield inner
-        innermost: Any = getattr(inner, "model", None)
-        if isinstance(innermost, nn.Module):
-            yield innermost
+def _scopes(model: nn.Module, layers: Sequence[nn.Module]) -> Iterator[nn.Module]:
+    """Yield the modules whose call is a forward of all ``layers``: the model, and what holds them in it.
+
+    Of a PEFT model these are itself, what PEFT wraps, and the network in that without its head.
+    """
+    wanted = set(layers)
+    scope: nn.Module | None = model
+    while scope is not None:
+        if not isinstance(scope, nn.ModuleList | nn.ModuleDict):  # nobody calls these
+            yield scope
+        inside = (child for child in scope.children() if child not in wanted)
+        scope = next((child for child in inside if wanted <= set(child.modules())), None)
 
 
 def attach(model: nn.Module, find: Callable[[nn.Module, str], list[Any]]) -> None:
@@ -118,7 +121,7 @@ def attach(model: nn.Module, find: Callable[[nn.Module, str], list[Any]]) -> Non
         bank.home = next(places, None)
         for index, layer in enumerate(layers):
             layer.__dict__.setdefault("_monteclora", {})[adapter] = (bank, index)
-        for scope in _scopes(model):
+        for scope in _scopes(model, layers):
             add_hooks(scope, bank)
     banks = _banks(model)
     for module in model.modules():

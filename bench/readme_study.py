@@ -92,8 +92,6 @@ def expectations(summary: Path, table: _Table) -> str:
         verdict = _verdict(entries) if entries[0]["task"] == entries[0]["data"] else ""
         if verdict:
             parts.append(f"{_heading(entries[0])}:\n\n{verdict}")
-    if result.get("robustness"):
-        parts.append(_robustness(result["robustness"], table))
     parts.append(f"Differences of means over seeds, each run on one {result['device']}.")
     return "\n\n".join(parts)
 
@@ -196,14 +194,16 @@ def _verdict(entries: _Entries) -> str:
     return "\n".join(lines)
 
 
-def _robustness(entries: _Entries, table: _Table) -> str:
-    head = [f"{entries[0]['cells']} runs over learning rates and batch sizes"]
-    head += [f"{label}: median / spread / worst" for label in ("accuracy %", "ECE %", "NLL")]
+def over_settings(summary: Path, table: _Table) -> str:
+    """Return how much accuracy, ECE and NLL depend on learning rate and batch size."""
+    entries: _Entries = json.loads(summary.read_text())["robustness"] if summary.exists() else []
+    if not entries:
+        return f"`{_COMMAND}` measures it on your own questions."
     body = []
     for entry in entries:
         cells = [entry["label"]]
         for name, _, scale, digits, _ in _METRICS:
-            values = (entry[name][k] for k in ("median", "spread", "worst"))
-            cells.append(" / ".join(f"{scale * v:.{digits}f}" for v in values))
+            cells.append(" / ".join(f"{scale * value:.{digits}f}" for value in entry[name].values()))
         body.append(cells)
-    return table(head, body)
+    note = f"Median / standard deviation / largest less smallest / worst of {entries[0]['cells']} runs"
+    return f"{table(['', 'accuracy %', 'ECE %', 'NLL'], body)}\n\n{note}."

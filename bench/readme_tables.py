@@ -248,6 +248,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "glance": lambda: readme_glance.glance(load, table, _exists, DEVICES),
     "expectations in short": lambda: readme_study.in_short(RESULTS / "study" / "summary.json", table),
     "expectations elsewhere": lambda: readme_study.elsewhere(RESULTS / "study" / "summary.json", table),
+    "expectations over settings": lambda: readme_study.over_settings(
+        RESULTS / "study" / "summary.json", table
+    ),
     "expectations": lambda: readme_study.expectations(RESULTS / "study" / "summary.json", table),
     "model step": lambda: readme_lora.model_step(load, table, _exists, DEVICES),
     "lora layers": lambda: readme_lora.lora_layers(load, table),

@@ -166,7 +166,10 @@ def heading(entries: list[dict[str, Any]]) -> str:
 
 
 def robustness(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Median, spread and worst over the cells (learning rate, batch size, seed) that every method has."""
+    """Median, spreads and worst over the cells (learning rate, batch size, seed) that every method has.
+
+    Of accuracy, the task's own measure (extrinsic robustness), and of ECE and NLL, the model's (intrinsic).
+    """
     grid = [r for r in rows if r["split"] == "test" and "batch_size" in r["options"]]
     cells: dict[Any, dict[Any, dict[str, Any]]] = defaultdict(dict)
     for row in grid:
@@ -181,7 +184,8 @@ def robustness(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             values = [cell[kind][name] for cell in shared]
             worst = min(values) if name == "accuracy" else max(values)
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            entry[name] = {"median": statistics.median(values), "spread": spread, "worst": worst}
+            entry[name] = {"median": statistics.median(values), "standard deviation": spread}
+            entry[name] |= {"largest less smallest": max(values) - min(values), "worst": worst}
         found.append(entry)
     return found
 
@@ -197,14 +201,14 @@ def table(entries: list[dict[str, Any]]) -> str:
 
 
 def robustness_table(entries: list[dict[str, Any]]) -> str:
-    head = ["", "cells"] + [f"{n}: median / spread / worst" for n in ("accuracy %", "ECE %", "NLL")]
+    head = ["", "cells", "accuracy %", "ECE %", "NLL"]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for entry in entries:
         values = [entry["label"], str(entry["cells"])]
         for name, scale, digits in (("accuracy", 100, 1), ("ece", 100, 1), ("nll", 1, 3)):
             values.append(" / ".join(f"{scale * v:.{digits}f}" for v in entry[name].values()))
         lines.append("| " + " | ".join(values) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", "Median / standard deviation / largest less smallest / worst."])
 
 
 def plot(entries: list[dict[str, Any]], path: Path, title: str) -> None:

@@ -75,6 +75,36 @@ def test_a_training_forward_is_plain_lora_with_the_perturbed_matrices():
         torch.testing.assert_close(plain(**BATCH).logits, logits, **CLOSE)
 
 
+def test_the_network_without_its_head_is_a_forward_of_one_draw():
+    whole, backbone = patched_model(), patched_model()
+    results = []
+    for step in range(1, 3):
+        hidden = (
+            whole(input_ids=BATCH["input_ids"], output_hidden_states=True).hidden_states[-1],
+            backbone.get_base_model().model(input_ids=BATCH["input_ids"]).last_hidden_state,
+        )
+        results = []
+        for model, found in zip((whole, backbone), hidden, strict=True):
+            model.zero_grad()
+            (found.square().mean() + bayeslora.monteclora_loss(model)).backward()
+            results.append([found.detach(), *gradients(model).values()])
+            assert bank_of(model).parts[0].counter.item() == step
+            assert bank_of(model)._depth == 0
+    for got, want in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_layers_of_a_part_of_the_network_draw_where_they_are_all_called():
+    first = {"target_modules": r".*layers\.0\.self_attn\.(q|v)_proj"}
+    model = patched_model(first)
+    layer = model.get_base_model().model.layers[0]
+    scopes = [name for name, module in model.named_modules() if module._forward_pre_hooks]
+    assert scopes[-1].endswith("layers.0.self_attn")
+    assert next(n for n, m in model.named_modules() if m is layer) in scopes
+    model(**BATCH)
+    assert bank_of(model).parts[0].counter.item() == 1
+
+
 def test_noise_changes_with_every_forward_and_follows_the_seed():
     model, again, other = patched_model(), patched_model(), patched_model(options={"seed": 6})
     with torch.no_grad():

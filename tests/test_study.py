@@ -104,9 +104,13 @@ def test_every_method_runs_and_a_second_call_adds_only_what_is_missing(folder, s
     readme = importlib.import_module("readme_study")
     tables = importlib.import_module("readme_tables")
     section = readme.expectations(folder / "out" / "summary.json", tables.table)
-    assert (
-        "- IVON, 10 samples against AdamW, " in section and "over learning rates and batch sizes" in section
-    )
+    assert "- IVON, 10 samples against AdamW, " in section
+    settings = readme.over_settings(folder / "out" / "summary.json", tables.table)
+    found = summary["robustness"][0]
+    row = f"| {found['label']} | " + " / ".join(f"{100 * v:.1f}" for v in found["accuracy"].values())
+    assert row in settings and f"of {found['cells']} runs" in settings
+    assert row.split(" | ")[1] in text
+    assert "measures it on your own" in readme.over_settings(folder / "none.json", tables.table)
     assert "measures IVON against AdamW" in readme.expectations(folder / "none.json", tables.table)
     assert (folder / "out" / "openbookqa-openbookqa-qv-choices-mean_loglik.png").stat().st_size > 0
     assert "0 minutes" in study("--plan", "--stages", "claims", "--seeds", "1", "--methods", "adamw")
