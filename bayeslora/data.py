@@ -154,6 +154,8 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
                     raise ValueError(
                         f"{where}: not valid JSON ({error.msg}, column {error.colno})"
                     ) from error
+                except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 100,000 brackets
+                    raise ValueError(f"{where}: JSON that Python cannot hold ({error})") from error
                 yield where, row
 
 

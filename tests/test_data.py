@@ -81,6 +81,12 @@ def test_reading_skips_blank_lines_and_a_byte_order_mark_and_stops_at_the_limit(
         load_questions(path)
 
 
+@pytest.mark.parametrize("line", ["[" * 200_000, '{"answer": ' + "1" * 5000 + "}"], ids=["nested", "digits"])
+def test_json_that_is_too_much_for_python_names_its_line(line, tmp_path):
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 2: JSON that Python cannot hold"):
+        load_questions(write(tmp_path / "rows.jsonl", GOOD, line))
+
+
 def test_files_that_cannot_be_read_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"nothing\.jsonl' is not there"):
         load_questions(str(tmp_path / "nothing.jsonl"))
