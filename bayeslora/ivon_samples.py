@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from bayeslora._backend import ivon_kernels
@@ -95,6 +96,7 @@ class StepSamples:
                 adopt = self.held is None
                 kernels.ivon_sample(bucket, seed=noise.seed, draw=noise.draw, train=noise.train, adopt=adopt)
         self._store.reshard()
+        torch.clear_autocast_cache()  # an outer autocast keeps casts of what the parameters held
         self.held = noise
 
     def fold(self, price: bool, rescale_lr: bool) -> None:
@@ -189,5 +191,6 @@ class StepSamples:
                 found_inf=None if found_inf is None else found_inf.to(bucket.device),
             )
         self._store.reshard()
+        torch.clear_autocast_cache()
         self.held = None
         self.forget()

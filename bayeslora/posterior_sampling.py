@@ -49,12 +49,14 @@ class SampleWriter:
         try:
             self._write(buckets, gaussians, seed, variance_scale)
             reshard(self._fsdp_modules)
+            torch.clear_autocast_cache()  # an outer autocast keeps casts of what the parameters held
             yield
         finally:
             with torch.no_grad():
                 for p, value in zip(tensors, before, strict=True):
                     p.copy_(value)
             reshard(self._fsdp_modules)
+            torch.clear_autocast_cache()
 
     def _write(
         self,

@@ -110,6 +110,33 @@ def test_samples_nest_and_survive_exceptions(posterior):
     assert _same(_adapter(posterior.model), mean)
 
 
+@pytest.mark.parametrize("source", ["posterior", "optimizer"])
+def test_samples_within_one_autocast_are_not_its_first_ones_casts(source, trained):
+    """Autocast keeps what it has cast of a parameter until its context ends."""
+    model, opt = copy.deepcopy(trained)
+    posterior = Posterior.from_optimizer(model, opt)
+    sample = posterior.sample if source == "posterior" else lambda seed: opt.sampled_params(seed=seed)
+    model.eval()
+
+    def logits():
+        return model(input_ids=TOKENS).logits
+
+    def alone(context):
+        with context, torch.autocast("cpu", torch.bfloat16):
+            return logits()
+
+    with torch.no_grad():
+        expected = [alone(sample(3)), alone(sample(4)), alone(torch.no_grad())]
+        with torch.autocast("cpu", torch.bfloat16):
+            found = []
+            for seed in (3, 4):
+                with sample(seed):
+                    found.append(logits())
+            found.append(logits())
+    for got, want in zip(found, expected, strict=True):
+        assert torch.equal(got, want)
+
+
 def test_from_optimizer_inside_a_sample_takes_the_mean(trained):
     model, opt = copy.deepcopy(trained)
     mean = _adapter(model)
