@@ -86,17 +86,22 @@ def _ensure_sampler(layer: Any, adapter: str, config: Any) -> None:
 
 
 def _scopes(model: nn.Module, layers: Sequence[nn.Module]) -> Iterator[nn.Module]:
-    """Yield the modules whose call is a forward of all ``layers``: the model, and what holds them in it.
+    """Yield the modules whose call is a forward of ``layers``, or of a part of them that a user may call.
 
-    Of a PEFT model these are itself, what PEFT wraps, and the network in that without its head.
+    Of a PEFT model these are itself, what PEFT wraps, the network in that without its head, and where the
+    layers lie in several parts of that (encoder and decoder, towers), the parts; not each of a row of blocks.
     """
-    wanted = set(layers)
-    scope: nn.Module | None = model
-    while scope is not None:
+    wanted, seen = set(layers), {model}
+    waiting = [model]
+    while waiting:
+        scope = waiting.pop(0)
         if not isinstance(scope, nn.ModuleList | nn.ModuleDict):  # nobody calls these
             yield scope
-        inside = (child for child in scope.children() if child not in wanted)
-        scope = next((child for child in inside if wanted <= set(child.modules())), None)
+        inside = [child for child in scope.children() if child not in wanted and child not in seen]
+        parts = [child for child in inside if len(wanted.intersection(child.modules())) > 1]
+        if len(parts) == 1 or not isinstance(scope, nn.ModuleList | nn.Sequential):
+            seen.update(parts)
+            waiting += parts
 
 
 def attach(model: nn.Module, find: Callable[[nn.Module, str], list[Any]]) -> None:
@@ -264,7 +269,7 @@ def configure_monteclora(model: nn.Module, adapter_name: str | None = None, **op
             - ``estimator``: "collapsed" (one Gaussian of the mixture's law, the default) or "mixture".
             - ``dirichlet``: "exact" (the default) or "logistic_normal" (PEFT's approximation).
             - ``resample``: a new draw each "forward" (the default, as in the paper) or each "step" (when a
-              parameter has changed since).
+              parameter has changed since, or its gradient was taken and cleared).
             - ``perturb``: "A" (the default), "B" or "both", with the same learned priors.
             - ``outer_samples``: M >= 1 draws of variances and weights, N components each, averaged.
             - ``sparse``: only the component with the largest weight is active.

@@ -10,6 +10,7 @@ checkpointed layers that wait for one backward cannot be told apart, and raise.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 
 from bayeslora.monteclora_options import MontecloraOptions, check_scaler
 from bayeslora.monteclora_part import Part
+
+_logger = logging.getLogger("bayeslora")
 
 _TOKEN = "bayeslora.monteclora"
 _device_dtype_shape = attrgetter("device", "dtype", "shape")
@@ -42,12 +45,13 @@ class MontecloraBank:
         self.home: tuple[nn.Module, str] | None = None
         """The parent of the first layer, and the layer's name there."""
         self._draws = 0
-        self._depth = 0
+        self._running: list[nn.Module] = []  # modules in whose call we are, from the outermost
         self.loss_weight: Tensor | float = 1.0
+        self._said: set[str] = set()
         self.set_options(options)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_depth": 0, "loss_weight": 1.0}
+        return {**self.__dict__, "_running": [], "loss_weight": 1.0}
 
     def set_options(self, options: MontecloraOptions) -> None:
         """Take other options; the count of draws goes on."""
@@ -72,6 +76,7 @@ class MontecloraBank:
         weights = [modules[self.adapter]._parameters["weight"] for modules in self._adapters]
         return list(map(_device_dtype_shape, weights))
 
+    @torch.inference_mode(False)  # what is made there could not be written to in training
     def _build(self) -> None:
         counts = {part.device: part.counter for part in getattr(self, "parts", [])}
         members: dict[Any, list[int]] = {}
@@ -143,26 +148,59 @@ class MontecloraBank:
                 "MonteCLoRA's layers share one draw, which the threads of nn.DataParallel cannot; start with "
                 "torchrun or accelerate, or set CUDA_VISIBLE_DEVICES"
             )
-        self._depth += 1
-        if self._depth == 1 and torch._C._current_graph_task_id() == -1:
+        if module in self._running:
+            self._running.clear()  # of a call that was interrupted: torch then runs no hooks
+        self._running.append(module)
+        if len(self._running) == 1 and torch._C._current_graph_task_id() == -1:
             self.loss_weight = _share_of_batch(module, kwargs)
             if self.samples() and self._in_use():
                 self.refresh()
+                if kwargs.get("num_items_in_batch") is not None and kwargs.get("labels") is None:
+                    self._say_once(
+                        "num_items_in_batch came without labels (label_smoothing_factor, "
+                        "compute_loss_func), so a micro-batch's share of its step is unknown and each counts "
+                        "MonteCLoRA's loss in full: under gradient accumulation lower kl_loss_weight"
+                    )
 
     def close(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """End a forward of the model: its forward hook, also called (without output) on an exception."""
         if torch.compiler.is_compiling():
             return _eager(self.close, module, args, kwargs, output)
-        self._depth = max(self._depth - 1, 0)
-        if self._depth or torch._C._current_graph_task_id() != -1 or not self.samples():
+        if module in self._running:
+            del self._running[self._running.index(module) :]
+        if self._running or torch._C._current_graph_task_id() != -1 or not self.samples():
             return
         node = _graph_node(output)
         for part in self.parts:
             if node is not None and part.current is not None:
                 node.metadata.setdefault(_TOKEN, []).append(part.current)
             part.release()
-        if self.options.add_loss and getattr(output, "loss", None) is not None and self._in_use():
-            output.loss = output.loss + self.weighted_loss().to(output.loss.dtype)
+        if self.options.add_loss and self._in_use():
+            self._add_loss(output, node is not None)
+
+    def _add_loss(self, output: Any, trains: bool) -> None:
+        """Add the variational loss to the loss in a model's output; say once where there is none."""
+        is_dict = isinstance(output, dict)
+        loss = output.get("loss") if is_dict else getattr(output, "loss", None)
+        if loss is None:
+            if trains:
+                self._say_once(
+                    "add_loss=True, but the model returned no loss to add to (Trainer's "
+                    "label_smoothing_factor and compute_loss_func take the labels away), so the variational "
+                    "loss is left out; set add_loss=False and use PEFT's MontecloraTrainerMixin or "
+                    "bayeslora.monteclora_loss(model)"
+                )
+            return
+        loss = loss + self.weighted_loss().to(loss.dtype)
+        if is_dict:
+            output["loss"] = loss
+        else:
+            output.loss = loss
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            _logger.warning(text)
 
     def refresh(self) -> None:
         """Perturb every layer's matrices, by a new draw unless this optimizer step has one."""
@@ -171,7 +209,8 @@ class MontecloraBank:
         advance = True
         if self.options.resample == "step":
             versions = [p._version for layer in self.layers for p in self._all_parameters(layer)]
-            advance, self._versions = versions != self._versions, versions
+            cleared = [part.gradients_cleared() for part in self.parts]
+            advance, self._versions = versions != self._versions or any(cleared), versions
         if advance:
             self._draws += 1
             if callable(self.options.sample_scaler):
@@ -190,7 +229,7 @@ class MontecloraBank:
         if not self.perturbs(self.layers[index]):
             return a, b
         part, i = self._place[index]
-        drawn = self._depth and part.current is not None and part.current.outputs
+        drawn = self._running and part.current is not None and part.current.outputs
         if not drawn and torch._C._current_graph_task_id() == -1:
             self.refresh()  # called by itself, or made active since the forward of the model began
         if not part.perturbs_b:
@@ -231,11 +270,22 @@ def _share_of_batch(module: nn.Module, kwargs: dict[str, Any]) -> Tensor | float
     items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
     if items is None or not isinstance(labels, Tensor):
         return 1.0
-    get_base = getattr(module, "get_base_model", None)
-    name = type(get_base() if get_base is not None else module).__name__
-    if "CausalLM" in name:
+    shifted = kwargs.get("shift_labels")
+    if isinstance(shifted, Tensor):
+        labels = shifted
+    elif _shifts_labels(module):
         labels = labels[..., 1:]
     return labels.ne(-100).sum() / items
+
+
+def _shifts_labels(module: nn.Module) -> bool:
+    """Tell whether a model's loss is that of the next token, and leaves out the first label."""
+    get_base = getattr(module, "get_base_model", None)
+    base = get_base() if get_base is not None else module
+    if "CausalLM" in type(base).__name__:
+        return True
+    encoder_decoder = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+    return getattr(base, "loss_type", None) == "ForConditionalGeneration" and not encoder_decoder
 
 
 def _graph_node(output: Any) -> Any:

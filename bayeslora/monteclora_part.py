@@ -77,6 +77,7 @@ class _Perturb(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
         part: Part = ctx.part
+        part.differentiated = True
         wanted = ctx.needs_input_grad
         d_priors = None
         like = next((grad for grad in grads if grad is not None), None)
@@ -108,6 +109,7 @@ class _PerturbAgain(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        ctx.part.differentiated = True
         d_std = d_prior = None
         if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
             d_std, d_prior = ctx.part.site_gradients(ctx.draw, ctx.site, grad)
@@ -177,6 +179,8 @@ class Part:
         self.tables.dirichlet_constants(self.components, self.sampler(0).dirichlet_prior)
         self.current: Draw | None = None
         self._prior_versions: list[int] = []
+        self.differentiated = False
+        """Whether a gradient has come through here since the last draw."""
         self.live: list[weakref.ref[Draw]] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -226,6 +230,7 @@ class Part:
         """Perturb all sites for a forward, by the next draw or again by the last."""
         if advance:
             self.counter.add_(1)
+            self.differentiated = False
         if self.current is not None:
             # Its graph holds the priors' gradient accumulators, which keep the stream they were made on: a
             # step that is recorded in a CUDA graph after eager ones must make its own.
@@ -246,6 +251,15 @@ class Part:
         self.live = [ref for ref in self.live if ref() is not None]
         self.live.append(weakref.ref(draw))
         self.current = draw
+
+    def gradients_cleared(self) -> bool:
+        """Tell whether gradients were taken since the last draw, and cleared.
+
+        What an optimizer leaves of its step where it writes to ``p.data``, which changes no version.
+        """
+        return self.differentiated and not any(
+            p.grad is not None for p in (*self.matrices(), *self.prior_parameters())
+        )
 
     def release(self) -> None:
         """Let go of the graph of the last forward; its values stay for a recomputation."""
@@ -275,14 +289,16 @@ class Part:
         if len(waiting) > 1:
             raise RuntimeError(
                 f"{len(waiting)} forwards of MonteCLoRA layers under gradient checkpointing wait for "
-                "backward, and their noise cannot be told apart; call backward() after each forward, "
-                "or drop what holds the graph of the forwards that need none"
+                "backward (or, after retain_graph=True, for another one), and their noise cannot be told "
+                "apart; call backward() after each forward, or drop what holds the graph of the forwards "
+                "that need none"
             )
         draw = waiting[0] if waiting else draws[-1]
         if not draw.done:
+            again = torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
 
             def finish() -> None:
-                draw.done, draw.recomputed = True, [None] * len(draw.recomputed)
+                draw.done, draw.recomputed = not again, [None] * len(draw.recomputed)
 
             torch.autograd.Variable._execution_engine.queue_callback(finish)  # type: ignore[attr-defined]
         return draw
