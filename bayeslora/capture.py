@@ -62,7 +62,7 @@ class CapturedStep:
         self.pad_lengths = sorted(pad_lengths)
         self.warmup = warmup
         self.max_graphs = max_graphs
-        self._params = [p for group in opt.param_groups for p in group["params"]]
+        self._params: list[Tensor] = []
         self._graphs: dict[Any, _Graph] = {}
         self._pool: Any = (
             None  # of the graphs' memory: one runs at a time, and nothing in it outlives its step
@@ -97,6 +97,7 @@ class CapturedStep:
                 f"accumulation_steps is {self.accumulation_steps}, got {len(parts)} micro-batches"
             )
         parts = [_pad(part, self.pad_lengths) for part in parts]
+        self._params = [p for group in self.opt.param_groups for p in group["params"]]  # one may be new
         if self._eager:
             return self._run(parts)
         memory = self._memory()

@@ -102,7 +102,8 @@ class IVON(torch.optim.Optimizer):
             :func:`bayeslora.keep_gradients_local`.
         debias: divide the momentum by ``1 - β1^t``.
         rescale_lr: multiply ``lr`` by ``hess_init + weight_decay``.
-        seed: 64-bit key of all noise.
+        seed: 64-bit key of all noise. Two optimizers that train parts of one model need different seeds:
+            with one seed the noise of their first tensors is the same, that of their second, and so on.
         skip_nonfinite: skip a step whose gradients hold a NaN or an infinity, and count it in
             :attr:`skipped_steps`; decided on the device, without a host sync.
         prior: posterior of an earlier task over the same model, the prior of this one: weight decay towards
@@ -542,13 +543,13 @@ class IVON(torch.optim.Optimizer):
     def _write_counters(self) -> None:
         self._store.write_counters()
         for group in self.param_groups:
-            group.update(seed=self._seed, eval_draws=self._eval_draws)
+            group.update(seed=self._seed, eval_draws=self._eval_draws, held=self._samples.held_for_saving())
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state: fp32 mean, momentum and hess of each parameter, and the counters of the noise.
 
-        Loading it (after the model's weights) continues the run bit for bit; a sample whose step is still
-        to come is then drawn again.
+        Loading it and the model's weights continues the run bit for bit; a sample whose step is still to
+        come is then drawn again, and if the weights were saved while they held one, the mean is put back.
         """
         self._write_counters()
         return super().state_dict()
@@ -572,7 +573,13 @@ class IVON(torch.optim.Optimizer):
         self._reset_samples()
         self._seed = self.param_groups[0].get("seed", self._seed)
         self._eval_draws = self.param_groups[0].get("eval_draws", 0)
+        self._take_out_saved(self.param_groups[0].get("held"))
         take_defaults(self)
+
+    @untraced
+    def _take_out_saved(self, named: list[Any] | None) -> None:
+        if named is not None:
+            self._samples.take_out_saved(named, self.rescale_lr)
 
     def __getstate__(self) -> dict[str, Any]:
         self._write_counters()

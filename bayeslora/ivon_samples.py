@@ -8,7 +8,9 @@ over samples, ``1/S Σ g_s`` and ``1/S Σ f_s``, which the update then reads in 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +56,8 @@ class StepSamples:
     ) -> None:
         self._store = store
         self.held = held
+        self.saved: Noise | None = None
+        """The sample that weights held when they were saved, until the loaded ones are used."""
         self.forget()
         self.pending, self.drawn = pending, drawn
 
@@ -72,6 +76,38 @@ class StepSamples:
         """
         return (self.held, None, 0) if self.folded else (self.held, self.pending, self.drawn)
 
+    def held_for_saving(self) -> list[Any] | None:
+        """Return what names the sample in the parameters, as plain numbers; None for the mean."""
+        held = self.held or self.saved
+        return None if held is None else list(astuple(held))
+
+    @torch.no_grad()
+    def take_out_saved(self, named: Sequence[Any] | None, rescale_lr: bool) -> None:
+        """Put the mean into parameters whose loaded weights are the sample that was in them when saved.
+
+        Weights and state saved in the middle of a step would else make the sample the new mean, as any
+        weights do that are not the stored mean. Tensors that hold something else are left alone.
+
+        Args:
+            named: what :meth:`held_for_saving` returned; None for a last look, at weights loaded since.
+            rescale_lr: see :class:`~bayeslora.IVON`.
+        """
+        noise = self.saved if named is None else Noise(*named)
+        self.saved = None if named is None else noise
+        if noise is None:
+            return
+        for bucket in self._store.current():
+            kernels = ivon_kernels(bucket.device)
+            self._store.set_hyper(bucket, noise.variance_scale, rescale_lr)
+            loaded = [p.detach().clone() for p in bucket.params]
+            kernels.ivon_sample(bucket, seed=noise.seed, draw=noise.draw, train=noise.train, adopt=False)
+            samples = [p.detach().clone() for p in bucket.params]
+            kernels.ivon_restore(bucket)
+            for p, found, sample in zip(bucket.params, loaded, samples, strict=True):
+                if not _is_sample(found, sample, p.detach()):
+                    p.copy_(found)
+        self._store.reshard()
+
     def draw(self, seed: int, rescale_lr: bool) -> None:
         """Draw the step's next sample and put it into the parameters."""
         if self.folded:
@@ -83,6 +119,8 @@ class StepSamples:
 
     def show(self, noise: Noise | None, rescale_lr: bool) -> None:
         """Make the parameters hold the named sample, or the mean."""
+        if self.saved is not None:
+            self.take_out_saved(None, rescale_lr)
         if noise == self.held:
             return
         # Once a sample is in the parameters, only a short check is needed before it is replaced.
@@ -194,3 +232,10 @@ class StepSamples:
         torch.clear_autocast_cache()
         self.held = None
         self.forget()
+
+
+def _is_sample(found: Tensor, sample: Tensor, mean: Tensor) -> bool:
+    """Tell whether a tensor is a sample drawn before, perhaps on another device, and not the mean."""
+    found, sample, mean = found.double(), sample.double(), mean.double()
+    slack = 1e-3 * (sample - mean).abs() + 1e-6 * sample.abs()
+    return bool(((found - sample).abs() <= slack).all()) and not torch.equal(found, mean)

@@ -177,6 +177,8 @@ class BucketStore:
     def set_hyper(self, bucket: ParamBucket, variance_scale: float, rescale_lr: bool) -> None:
         """Bring the hyperparameters of all groups to the bucket's device, without a host sync."""
         groups = self._optimizer.param_groups
+        if len(groups) > bucket.num_groups:  # one was added since the sample was drawn; it joins the next
+            groups = groups[: bucket.num_groups]
         key: Any = (variance_scale, rescale_lr, *[(_hyper(g), g.get("perturb", True)) for g in groups])
         if any(isinstance(g["lr"], Tensor) for g in groups):
             key = None  # its value may change behind our back

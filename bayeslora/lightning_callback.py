@@ -21,7 +21,8 @@ class LightningCallback(Callback):
 
     Lightning hands the optimizer a closure only for the last micro-batch of ``accumulate_grad_batches``.
     This draws the step's sample before the first, so that all gradients are taken at one sample, and puts
-    the mean back before validation and testing, at the end of training, and after an exception.
+    the mean back before validation, testing and prediction, into checkpoints, at the end of training, and
+    after an exception.
     """
 
     def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
@@ -36,6 +37,14 @@ class LightningCallback(Callback):
 
     def on_test_start(self, trainer: Any, *_: Any) -> None:
         """Put the mean back."""
+        self.on_validation_start(trainer)
+
+    def on_predict_start(self, trainer: Any, *_: Any) -> None:
+        """Put the mean back."""
+        self.on_validation_start(trainer)
+
+    def on_save_checkpoint(self, trainer: Any, *_: Any) -> None:
+        """Put the mean back, also in the weights that are about to be written: they are the same memory."""
         self.on_validation_start(trainer)
 
     def on_train_end(self, trainer: Any, *_: Any) -> None:

@@ -136,3 +136,9 @@ class DiagnosticsCallback(TrainerCallback):
                 model.train(training)
         self.trainer.log(found)
         control.should_log = True  # log() has taken it for Trainer's own line, of loss and learning rate
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Do the same where Trainer logs once an epoch."""
+        self.on_step_end(args, state, control, **kwargs)

@@ -118,6 +118,7 @@ class ParamBucket:
         self.streams = list(streams)
         self.param_groups = list(param_groups)
         self.element_offsets = list(element_offsets or [0] * len(self.params))
+        self.num_groups = num_groups
         self.device = self.params[0].device
         self.dtype = state_dtype(self.params[0].dtype)
         self.starts, self.size = self._lay_out()

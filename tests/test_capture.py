@@ -229,3 +229,24 @@ def test_bad_arguments(device):
     del batch["attention_mask"]
     with pytest.raises(ValueError, match="attention_mask"):
         step(batch)
+
+
+def test_a_group_added_later_is_cleared_and_clipped():
+    """On a CPU, where every step is eager."""
+    runs = []
+    for anew in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 2))
+        x = torch.randn(4, 3)
+        opt = torch.optim.SGD(model[0].parameters(), lr=0.1)
+        options = {"loss_fn": lambda m, batch: m(batch["x"]).square().sum(), "max_grad_norm": 0.5}
+        step = capture_step(model, opt, **options)
+        step({"x": x})
+        opt.add_param_group({"params": list(model[1].parameters())})
+        if anew:
+            model.zero_grad()
+            step = capture_step(model, opt, **options)
+        for _ in range(3):
+            step({"x": x})
+        runs.append([p.detach().clone() for p in model.parameters()])
+    assert all(map(torch.equal, *runs))

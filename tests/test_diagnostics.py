@@ -118,6 +118,32 @@ def test_trainer_logs_and_trains_the_same_with_it(tmp_path):
     assert len(figure.axes) == 4
 
 
+@pytest.mark.parametrize("strategy", ["epoch", "steps"])
+def test_it_logs_when_trainer_does(strategy, tmp_path):
+    from test_trainer import _model, _Tokens
+
+    model, data = _model(patched=True, dropout=0.0), _Tokens()
+    opt = IVON([p for p in model.parameters() if p.requires_grad], lr=0.1, ess=1e3, hess_init=0.1)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        num_train_epochs=2,
+        logging_strategy=strategy,
+        logging_first_step=True,
+        logging_steps=2,
+        per_device_train_batch_size=len(data.rows) // 2,
+        report_to=[],
+        use_cpu=not torch.cuda.is_available(),
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, optimizers=(opt, None))
+    trainer.add_callback(DiagnosticsCallback(trainer))
+    trainer.train()
+    logged = [row["step"] for row in trainer.state.log_history if "loss" in row]
+    assert [row["step"] for row in trainer.state.log_history if "ivon/snr" in row] == logged
+    assert logged == [1, 2, 4]
+
+
 def test_what_cannot_be_measured_is_refused(tmp_path):
     opt = IVON([nn.Parameter(torch.ones(2))], lr=0.1, ess=1.0)
     opt.param_groups[0]["perturb"] = False

@@ -495,6 +495,72 @@ def test_state_saved_inside_a_step_draws_the_same_sample_again():
     assert _equal(_values(other), sample)
 
 
+@pytest.mark.parametrize("order", ["weights first", "state first"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("held", ["first sample", "second sample", "evaluation sample"])
+def test_weights_saved_inside_a_step_come_back_as_the_mean(order, dtype, held):
+    model = _model(dtype)
+    opt = _optimizer(model)
+    _train(model, opt, 2)
+    mean = copy.deepcopy({k: opt.state[p]["mean"] for k, p in model.named_parameters()})
+    at_rest = _values(model)
+    if held == "second sample":
+        with opt.sampled_params(train=True):
+            _loss(model).backward()
+    with opt.sampled_params(train=held != "evaluation sample"):
+        assert not _equal(_values(model), at_rest)
+        saved = io.BytesIO()
+        torch.save((model.state_dict(), opt.state_dict()), saved)
+        saved.seek(0)
+    weights, state = torch.load(saved, weights_only=True)
+    other = _model(dtype)
+    opt_other = _optimizer(other)
+    if order == "weights first":
+        other.load_state_dict(weights)
+    opt_other.load_state_dict(state)
+    other.load_state_dict(weights)
+    opt_other.train()
+    opt_other.eval()
+    assert _equal(_values(other), at_rest)
+    for name, p in other.named_parameters():
+        assert torch.equal(opt_other.state[p]["mean"], mean[name])
+
+
+def test_weights_changed_after_a_save_inside_a_step_are_taken():
+    model = _model()
+    opt = _optimizer(model)
+    _train(model, opt, 2)
+    opt.train()
+    state = copy.deepcopy(opt.state_dict())
+    other = _model()
+    opt_other = _optimizer(other)
+    opt_other.load_state_dict(state)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.fill_(0.5)
+    opt_other.train()
+    opt_other.eval()
+    assert all((p == 0.5).all() for p in other.parameters())
+
+
+def test_a_group_added_before_the_step_of_a_sample_joins_the_next():
+    runs = []
+    for late in (False, True):
+        model = _model()
+        opt = IVON(model[0].parameters(), lr=0.1, ess=50.0)
+        with opt.sampled_params(train=True):
+            _loss(model).backward()
+        group = {"params": list(model[2].parameters()), "lr": 0.2}
+        if late:
+            opt.step()
+        opt.add_param_group(group)
+        if not late:
+            opt.step()
+        _train(model, opt, 2)
+        runs.append(_values(model))
+    assert _equal(*runs)
+
+
 def test_deepcopy_goes_on_like_the_original():
     model = _model()
     opt = _optimizer(model)

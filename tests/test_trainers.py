@@ -237,6 +237,76 @@ def test_lightning(tmp_path, device):
         assert torch.equal(saved[name].cpu(), value)
 
 
+def test_lightning_writes_the_mean_in_the_middle_of_a_step(tmp_path):
+    lightning = pytest.importorskip("lightning.pytorch")
+    from bayeslora import LightningCallback
+
+    class SavesEveryBatch(lightning.Callback):
+        def on_train_batch_end(self, trainer, module, _outputs, _batch, index):
+            trainer.save_checkpoint(tmp_path / f"{index}.ckpt")
+            self.mean = {n: opt.state[p]["mean"].clone() for n, p in module.named_parameters()}
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(3, 2)
+
+        def training_step(self, batch, _index):
+            return self.layer(batch).square().mean()
+
+        def configure_optimizers(self):
+            return opt
+
+    module, saves = Module(), SavesEveryBatch()
+    opt = IVON(module.parameters(), lr=0.1, ess=10.0)
+    trainer = lightning.Trainer(
+        max_steps=2,
+        accumulate_grad_batches=2,
+        accelerator="cpu",
+        default_root_dir=str(tmp_path),
+        callbacks=[saves, LightningCallback()],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        logger=False,
+    )
+    trainer.fit(module, DataLoader(torch.randn(4, 3), batch_size=1))
+    means = [torch.load(tmp_path / f"{i}.ckpt", weights_only=False)["state_dict"] for i in range(4)]
+    for name in saves.mean:
+        assert torch.equal(means[1][name], means[2][name])  # the second in the middle of a step
+        assert torch.equal(means[3][name], saves.mean[name])
+        assert not torch.equal(means[2][name], means[3][name])
+
+
+def test_accelerate_resumes_at_the_mean_from_the_middle_of_a_step(tmp_path):
+    from accelerate import Accelerator
+
+    def prepared():
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2)
+        accelerator = Accelerator(gradient_accumulation_steps=2, cpu=True)
+        return accelerator, *accelerator.prepare(model, IVON(model.parameters(), lr=0.1, ess=10.0))
+
+    accelerator, model, opt = prepared()
+    for batch in torch.randn(3, 4, 3):
+        with accelerator.accumulate(model):
+            opt.train()
+            accelerator.backward(model(batch).square().mean())
+            opt.step()
+            opt.zero_grad()
+    accelerator.save_state(str(tmp_path))
+    sample = _values(model)
+    opt.eval()
+    mean = _values(model)
+    accelerator, model, opt = prepared()
+    accelerator.load_state(str(tmp_path))
+    for name, value in _values(model).items():
+        assert torch.equal(value, mean[name])
+    opt.train()
+    for name, value in _values(model).items():
+        assert torch.equal(value, sample[name])
+
+
 # ---- the posterior beside the checkpoints --------------------------------------------------------
 
 
