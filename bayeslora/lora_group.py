@@ -124,9 +124,19 @@ class LoraGroup:
         if member is None or member() is None:
             self._members[index] = weakref.ref(layer)
 
-    def open(self, _parent: nn.Module, _args: Any) -> None:
-        """Start a call of the parent: its forward-pre hook."""
+    def _is_left(self, parent: nn.Module) -> bool:
+        """Tell whether no member is ``parent``'s child any more (PEFT's ``merge_and_unload``, ``unload``)."""
+        children = parent._modules.values()
+        for member in self._members:  # as a rule the first is there
+            if member is not None and member() in children:
+                return False
+        return True
+
+    def open(self, parent: nn.Module, _args: Any) -> None:
+        """Start a call of the parent: its forward-pre hook, which takes itself out when it has no use."""
         if not torch.compiler.is_compiling():
+            if self._is_left(parent):
+                return _remove_hooks(parent, self)
             self._parked = None
             self._scope = (_thread(), _top_saved_tensors_hooks(True))
 
@@ -222,12 +232,15 @@ def find_groups(model: nn.Module, kind: type[nn.Module]) -> Iterator[tuple[nn.Mo
                 yield parent, layers
 
 
-def _own_hooks(parent: nn.Module) -> Iterator[tuple[dict[int, Any], int]]:
+def _remove_hooks(parent: nn.Module, group: LoraGroup | None = None) -> None:
+    """Take the hooks of ``group``, or of every group, out of ``parent``."""
     hooks: Sequence[Any] = (parent._forward_pre_hooks, parent._forward_hooks)
     for dictionary in hooks:
         for key, hook in list(dictionary.items()):
-            if isinstance(getattr(hook, "__self__", None), LoraGroup):
-                yield dictionary, key
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, LoraGroup) and group in (None, owner):
+                del dictionary[key]
+                parent._forward_hooks_always_called.pop(key, None)
 
 
 def add_groups(model: nn.Module, kind: type[nn.Module]) -> None:
@@ -247,6 +260,4 @@ def remove_groups(model: nn.Module) -> None:
     """Take out of ``model`` everything that `add_groups` put in."""
     for module in model.modules():
         module.__dict__.pop("_lora_group", None)
-        for dictionary, key in _own_hooks(module):
-            del dictionary[key]
-            module._forward_hooks_always_called.pop(key, None)
+        _remove_hooks(module)
