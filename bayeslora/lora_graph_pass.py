@@ -7,23 +7,26 @@ backward, after autograd has been traced, and joins nodes of ``lora_ops.py`` tha
 - ``lora_linear`` (several) -> ``lora_linear_group``: x read once for the layers' h, which are slices of one
   tensor from then on;
 - ``lora_linear_backward`` (several) -> ``lora_linear_group_backward``: x read once for dA, of which the
-  layers' are slices, and one dx in place of the sum of theirs, which is found and taken out.
+  layers' are slices, and one dx in place of the sum of theirs, which is found and taken out; what else the
+  sum has (x's gradient from a layer without LoRA) is added to it.
 
 Nodes stay apart where joining would change what they compute or when it can be: dropout (each node has a
-mask of its own), gradients not all wanted, A of several dtypes, operands that come after the first forward
-node, a dy that depends on another of the nodes, dx's that anything but their sum reads. Inductor alone runs
-such passes; other backends compile a node a layer.
+mask of its own), gradients not all wanted, A or dy of several dtypes, operands that come after the first
+forward node, a dy that depends on another of the nodes, dx's that anything but their sum reads. So do nodes
+that are far apart, as cross attention's k and v of several blocks, which read one tensor too: their outputs
+and gradients would wait for each other in memory. Inductor alone runs such passes; other backends compile a
+node a layer.
 """
 
 import operator
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from . import lora_ops
 
@@ -31,6 +34,7 @@ _FORWARD = torch.ops.bayeslora.lora_linear.default
 _BACKWARD = torch.ops.bayeslora.lora_linear_backward.default
 _ADD = torch.ops.aten.add.Tensor
 _SLICE = torch.ops.aten.slice.Tensor
+_BETWEEN = 1  # layers that may lie between two of a group: parallel attention's output, between q and fc1
 
 Order = dict[fx.Node, int]
 
@@ -57,16 +61,29 @@ def group_layers(graph: fx.Graph) -> int:
     """Join what can be joined, in place; return the number of groups made."""
     made = 0
     for target, join in ((_FORWARD, _join_forward), (_BACKWARD, _join_backward)):
-        alike: dict[Any, list[fx.Node]] = defaultdict(list)
-        for node in graph.find_nodes(op="call_function", target=target):
-            key = _key(node)
-            if key is not None:
-                alike[key].append(node)
         order = {node: i for i, node in enumerate(graph.nodes)}
-        made += sum(join(graph, nodes, order) for nodes in alike.values() if len(nodes) > 1)
+        layers = sorted(graph.find_nodes(op="call_function", target=target), key=order.__getitem__)
+        made += sum(join(graph, nodes, order) for nodes in _alike(layers) if len(nodes) > 1)
     if made:
         graph.lint()
     return made
+
+
+def _alike(layers: Sequence[fx.Node]) -> list[list[fx.Node]]:
+    """Return the nodes that may be joined, of ``layers`` in the graph's order."""
+    groups: list[list[fx.Node]] = []
+    latest: dict[Any, tuple[int, list[fx.Node]]] = {}
+    for i, node in enumerate(layers):
+        key = _key(node)
+        if key is None:
+            continue
+        position, group = latest.get(key, (-1, []))
+        if not group or i - position > 1 + _BETWEEN:
+            group = []
+            groups.append(group)
+        group.append(node)
+        latest[key] = i, group
+    return groups
 
 
 def _key(node: fx.Node) -> Any:
@@ -76,10 +93,10 @@ def _key(node: fx.Node) -> Any:
     if node.target is _FORWARD:
         x, _, _, _, _, scaling, dropout_p, seed, dtype = node.args
         return None if dropout_p or seed is not None else (x, scaling, dtype)
-    _, x, _, _, _, _, scaling, dropout_p, seed, needs_x, *needs = node.args
+    dy, x, _, _, _, _, scaling, dropout_p, seed, needs_x, *needs = node.args
     if dropout_p or seed is not None or not all(needs):
         return None
-    return x, scaling, needs_x, node.meta["val"][1].dtype
+    return x, scaling, needs_x, node.meta["val"][1].dtype, dy.meta["val"].dtype  # type: ignore[union-attr]
 
 
 def _parts(node: fx.Node) -> dict[int, fx.Node]:
@@ -157,13 +174,13 @@ def _join_backward(graph: fx.Graph, nodes: list[fx.Node], order: Order) -> bool:
     if any(_takes_twice(node) for node in nodes) or _depend_on_each_other(nodes, order):
         return False
     needs_x = bool(last.args[9])
-    adds: list[fx.Node] = []
+    total = _Sum([], [])
     if needs_x:
         found = _sum_of([_parts(node).get(0) for node in nodes])
         if found is None:
             return False
-        adds = found
-    inside = {*nodes, *adds}
+        total = found
+    inside = {*nodes, *total.adds}
     readers = (user for node in nodes for part in node.users for user in part.users)
     if any(order[reader] < order[last] for reader in readers if reader not in inside):
         return False
@@ -177,10 +194,8 @@ def _join_backward(graph: fx.Graph, nodes: list[fx.Node], order: Order) -> bool:
         )
     _, das, dbs = zip(*(node.meta["val"] for node in nodes), strict=True)
     dx, da, *outputs = _outputs(graph, group, [last.meta["val"][0], _joined(das, 0), *dbs])
-    if adds:
-        adds[-1].replace_all_uses_with(dx)
-        for add in reversed(adds):
-            graph.erase_node(add)
+    if needs_x:
+        _replace_sum(graph, total, dx)
     new = dict(zip(nodes, zip(_slices(graph, da, 0, das), outputs, strict=True), strict=True))
     parts = [(node, i, old) for node in nodes for i, old in _parts(node).items()]
     _replace(graph, nodes, [(old, new[node][i - 1]) for node, i, old in parts if i > 0])
@@ -192,29 +207,78 @@ def _takes_twice(node: fx.Node) -> bool:
     return len(_parts(node)) != len(node.users)
 
 
-def _sum_of(terms: Sequence[fx.Node | None]) -> list[fx.Node] | None:
-    """Return the additions whose result is the sum of ``terms`` and of nothing else, the whole sum last.
+class _Sum(NamedTuple):
+    """Additions, the whole sum last, and what they add besides the terms asked for."""
 
-    None where there are none: a term that is missing, added to something else, or read twice.
+    adds: list[fx.Node]
+    others: list[fx.Node]
+
+
+def _sum_of(terms: Sequence[fx.Node | None]) -> _Sum | None:
+    """Return the additions whose result holds all ``terms``; it may hold others.
+
+    None where there are none: a term that is missing, read twice, or not in one sum with the others.
     """
-    left = set(terms)
-    if None in left or len(left) != len(terms):
+    wanted = set(terms)
+    if None in wanted or len(wanted) != len(terms):
         return None
-    adds: list[fx.Node] = []
-    while len(left) > 1:
-        for term in left:
-            assert term is not None
-            (reader,) = term.users if len(term.users) == 1 else (None,)
-            if reader is not None and reader.target is _ADD and not reader.kwargs and len(reader.args) == 2:
-                a, b = reader.args
-                if a is not b and a in left and b in left and len(a.users) == len(b.users) == 1:  # type: ignore[union-attr]
-                    break
-        else:
+    node, left, total = terms[0], wanted - {terms[0]}, _Sum([], [])
+    assert node is not None
+    while left:
+        reader = _only_reader(node)
+        if reader is None or not _is_addition(reader):
             return None
-        left -= {a, b}  # type: ignore[arg-type]
-        left.add(reader)
-        adds.append(reader)
-    return adds
+        a, b = reader.args
+        found, below = _terms_of(b if a is node else a, wanted)  # type: ignore[arg-type]
+        left -= found
+        total.adds.extend((*below.adds, reader))
+        total.others.extend(below.others)
+        node = reader
+    return total
+
+
+def _terms_of(node: fx.Node, wanted: set[fx.Node | None]) -> tuple[set[fx.Node], _Sum]:
+    """Return those of ``wanted`` that ``node``, a summand, is the sum of, and how."""
+    if _only_reader(node) is not None:
+        if node in wanted:
+            return {node}, _Sum([], [])
+        if _is_addition(node):
+            (a, below_a), (b, below_b) = (_terms_of(arg, wanted) for arg in node.args)  # type: ignore[arg-type]
+            if a or b:
+                return a | b, _Sum([*below_a.adds, *below_b.adds, node], [*below_a.others, *below_b.others])
+    return set(), _Sum([], [node])
+
+
+def _only_reader(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _is_addition(node: fx.Node) -> bool:
+    """Tell whether ``node`` adds two nodes of its own shape and dtype."""
+    if node.target is not _ADD or node.kwargs or len(node.args) != 2 or node.args[0] is node.args[1]:
+        return False
+    return all(isinstance(arg, fx.Node) and _is_like(arg.meta["val"], node.meta["val"]) for arg in node.args)
+
+
+def _is_like(value: Any, other: Any) -> bool:
+    """Tell whether two examples have one dtype and shape, for all that is known of sizes that vary."""
+    if not isinstance(value, torch.Tensor) or value.dtype != other.dtype or value.dim() != other.dim():
+        return False
+    return all(statically_known_true(a == b) for a, b in zip(value.shape, other.shape, strict=True))
+
+
+def _replace_sum(graph: fx.Graph, total: _Sum, dx: fx.Node) -> None:
+    """Put ``dx`` in the place of the terms that it is the sum of."""
+    if not total.adds:
+        return
+    root = total.adds[-1]
+    with graph.inserting_before(root):
+        for other in total.others:
+            dx = graph.call_function(_ADD, (other, dx))
+            dx.meta["val"] = root.meta["val"]
+    root.replace_all_uses_with(dx)
+    for add in reversed(total.adds):
+        graph.erase_node(add)
 
 
 def _depend_on_each_other(nodes: Sequence[fx.Node], order: Order) -> bool:

@@ -43,8 +43,45 @@ _KEPT_ROWS, _KEPT_FROM = 16, 64
 _KEPT_SHARE = 4  # below that number, samples are kept where they take at most this part of the weight
 
 
+_ALIKE = 0.05
+"""Relative distance up to which two samples' inputs of the first layer are one input, differently rounded."""
+
+
 class NotBatched(Exception):
     """A call that samples cannot share; the message says why."""
+
+
+class RowOrder:
+    """The rows of one batch of all samples, sample by sample, and whether a model keeps them first.
+
+    A model that puts the sequence before the batch (XLNet) would have every sample read a part of all
+    sequences. Shapes alone do not always tell; but until the first layer has added its sample, all samples
+    read the same.
+
+    Args:
+        rows: of all samples together; the first dimension of every layer's input is a multiple.
+        groups: the number of samples.
+    """
+
+    def __init__(self, rows: int, groups: int) -> None:
+        self._rows, self._groups = rows, groups
+        self._seen = groups == 1
+
+    def check(self, x: Tensor) -> None:
+        """Raise NotBatched unless x, which a layer reads, holds whole sequences of all samples in order."""
+        if x.dim() < 2 or x.shape[0] % self._rows:
+            raise NotBatched(f"a layer reads a tensor of shape {tuple(x.shape)} for {self._rows} sequences")
+        if torch.compiler.is_compiling() or self._seen:
+            return
+        self._seen = True
+        if x.dim() < 3 or x.shape[1] % self._rows or x.numel() == 0:
+            return  # its second dimension cannot be the batch
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        parts = x.reshape(self._groups, -1)
+        apart = torch.linalg.vector_norm(parts - parts[0], dim=1, dtype=torch.float32)
+        if bool((apart > _ALIKE * torch.linalg.vector_norm(parts[0], dtype=torch.float32)).any()):
+            raise NotBatched(f"a layer reads a tensor of shape {tuple(x.shape)}, the batch not first")
 
 
 class LayerSamples:
@@ -56,7 +93,7 @@ class LayerSamples:
         lora_b: ``(N, r)``, the mean of B, likewise.
         perturbation: standard deviations in the means' dtype, seeds, draws and streams.
         parameter_dtype: of the parameter that a sample would be written into, and rounded to.
-        rows: rows of one batch of all samples; the first dimension of every input is a multiple.
+        order: of the rows of all samples, one for all layers.
     """
 
     def __init__(
@@ -66,13 +103,13 @@ class LayerSamples:
         lora_b: Tensor,
         perturbation: Perturbation,
         parameter_dtype: torch.dtype,
-        rows: int,
+        order: RowOrder,
     ) -> None:
         self.adapter = adapter
         self.lora_a, self.lora_b = lora_a, lora_b
         self.perturbation = perturbation
         self.parameter_dtype = parameter_dtype
-        self.rows = rows
+        self.order = order
         self._kept: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None, scaling: float) -> Tensor:
@@ -82,8 +119,7 @@ class LayerSamples:
             NotBatched: x's first dimension does not hold whole sequences of all samples, or a sample in
                 the parameter's dtype would be rounded twice.
         """
-        if x.dim() < 2 or x.shape[0] % self.rows:
-            raise NotBatched(f"a layer reads a tensor of shape {tuple(x.shape)} for {self.rows} sequences")
+        self.order.check(x)
         dtype = compute_dtype(x, weight)
         if self.parameter_dtype not in (dtype, torch.float32, torch.float64):
             raise NotBatched(f"{self.parameter_dtype} adapters in a computation in {dtype}")
@@ -178,14 +214,14 @@ class SampledLayers:
         """
         layers: list[tuple[Any, Any]] = []
         index: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        cache = self._posterior._stds
+        cache, order = self._posterior._stds, RowOrder(rows, len(seeds))
         for (layer, adapter), sides in self._layers.items():
             _check_active(layer, adapter)
             device = next(iter(sides.values())).parameter.device
             if device not in index:
                 index[device] = _index(seeds, device)
             samples = _layer_samples(
-                layer, adapter, sides, index[device], math.sqrt(variance_scale), rows, cache
+                layer, adapter, sides, index[device], math.sqrt(variance_scale), order, cache
             )
             layers.append((layer, samples))
         before = [layer.__dict__.get(SLOT) for layer, _ in layers]
@@ -249,7 +285,7 @@ def _layer_samples(
     sides: dict[str, GaussianParameter],
     index: tuple[Tensor, Tensor],
     root: float,
-    rows: int,
+    order: RowOrder,
     cache: dict[int, tuple[Any, Tensor]],
 ) -> LayerSamples:
     """Return a layer's samples; ``root`` is the factor on the standard deviation."""
@@ -268,7 +304,7 @@ def _layer_samples(
             streams.append(gaussian.stream)
     dtype = next(iter(sides.values())).parameter.dtype
     perturbation = Perturbation(stds[0], stds[1], *index, streams[0], streams[1])
-    return LayerSamples(adapter, means[0], means[1], perturbation, dtype, rows)
+    return LayerSamples(adapter, means[0], means[1], perturbation, dtype, order)
 
 
 def in_chunks(

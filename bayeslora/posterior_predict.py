@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("bayeslora")
 
-_NOT_BY_ROW = frozenset({"cache_position", "logits_to_keep"})
-"""Arguments of forward whose first dimension is not the batch's."""
+_NOT_BY_ROW = frozenset({"cache_position", "logits_to_keep", "head_mask"})
+"""Arguments of forward whose first dimension is not the batch's, and which serve any batch."""
 
 _NOT_REPEATED = ("prefix_allowed_tokens_fn", "assistant_model", "prompt_lookup_num_tokens")
 """Settings of ``generate`` that count the prompts, or take a single one."""
@@ -173,8 +173,13 @@ def _rows(batch: Any) -> int:
 
 def _repeated_value(name: str | None, value: Any, rows: int, times: int, least_dim: int) -> Any:
     if isinstance(value, Tensor):
-        by_row = value.dim() >= least_dim and value.shape[0] == rows and name not in _NOT_BY_ROW
-        return value.repeat(times, *[1] * (value.dim() - 1)) if by_row else value
+        if value.dim() < least_dim or name in _NOT_BY_ROW:
+            return value
+        if value.shape[0] == rows and not (name == "position_ids" and value.dim() == 3):
+            return value.repeat(times, *[1] * (value.dim() - 1))
+        if value.shape[0] != 1:  # an image's patches, packed sequences' ends, one position an axis
+            raise NotBatched(f"{name or 'a tensor'} has shape {tuple(value.shape)} for {rows} sequences")
+        return value
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise NotBatched(f"{name or 'the batch'} is a {type(value).__name__}, which cannot be repeated")

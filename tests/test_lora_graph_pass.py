@@ -143,7 +143,21 @@ def _product_of_two(x, weights):
 
 def _two_of_three(x, weights):
     """The third layer's gradient of x comes between the two's: theirs have no sum of their own."""
-    return _call(x, weights[0]) + _call(x, weights[1]) + _call(x * 2, weights[2])
+    return _call(x, weights[0]) + _call(x * 2, weights[2]) * _call(x, weights[1])
+
+
+def _far_apart(x, weights):
+    """Two and two of one input, with three between that read others."""
+    first = _call(x, weights[0]) + _call(x, weights[1])
+    for i in range(3):
+        first = first + _call(x * (first.mean() + i), weights[2])
+    return first + _call(x, weights[3]).sin() + _call(x, weights[4]).cos()
+
+
+def _two_dtypes(x, weights):
+    """As where autocast is on for one of them."""
+    narrow = (weights[1][0], None, *weights[1][1:])
+    return _call(x, weights[0]) + lora_ops.compiled_lora_linear(x, narrow, 2.0, 0.0, None, torch.float32)
 
 
 def _frozen_adapter(x, weights):
@@ -152,10 +166,16 @@ def _frozen_adapter(x, weights):
 
 @pytest.mark.parametrize(
     ("function", "forwards", "backwards"),
-    [(_product_of_two, 1, 1), (_two_of_three, 1, 0), (_frozen_adapter, 1, 0)],
+    [
+        (_product_of_two, 1, 1),
+        (_two_of_three, 1, 1),
+        (_far_apart, 2, 2),
+        (_two_dtypes, 0, 0),
+        (_frozen_adapter, 1, 0),
+    ],
 )
 def test_what_can_be_joined_and_what_not(function, forwards, backwards, device):
-    weights = _weights(3, device)
+    weights = _weights(5, device)
     x = torch.randn(4, 5, generator=torch.Generator().manual_seed(4), dtype=torch.float64).to(device)
     x.requires_grad_()
     if function is _frozen_adapter:
@@ -178,6 +198,7 @@ def _graph_of(build):
     graph = torch.fx.Graph()
     names = ["x", "dy", "w", "a", "b", "h"]
     values = {name: graph.placeholder(name) for name in names}
+    values["dy"].meta["val"] = torch.empty(1)
     build(graph, values)
     return graph
 
@@ -187,6 +208,7 @@ def test_a_gradient_that_waits_for_anothers_is_not_joined_with_it():
         first = graph.call_function(SINGLE[1], _arguments(values, values["dy"]))
         first.meta["val"] = (torch.empty(1),) * 3
         dx = graph.call_function(operator.getitem, (first, 0))
+        dx.meta["val"] = torch.empty(1)
         second = graph.call_function(SINGLE[1], _arguments(values, dx))
         second.meta["val"] = (torch.empty(1),) * 3
         graph.output(graph.call_function(operator.getitem, (second, 0)))
@@ -195,22 +217,40 @@ def test_a_gradient_that_waits_for_anothers_is_not_joined_with_it():
     assert lora_graph_pass.group_layers(graph) == 0
 
 
-@pytest.mark.parametrize("read_alone", [False, True])
-def test_only_gradients_that_are_added_and_read_nowhere_else_become_one(read_alone):
+@pytest.mark.parametrize("how", ["alone", "with others", "read twice", "of another dtype"])
+def test_only_gradients_that_are_added_and_read_nowhere_else_become_one(how):
+    add = torch.ops.aten.add.Tensor
+
     def build(graph, values):
+        def call(target, *arguments, like=None):
+            node = graph.call_function(target, arguments)
+            node.meta["val"] = torch.empty(1, dtype=like)
+            return node
+
         parts = []
         for _ in range(3):
             node = graph.call_function(SINGLE[1], _arguments(values, values["dy"]))
             node.meta["val"] = (torch.empty(1),) * 3
-            parts.append(graph.call_function(operator.getitem, (node, 0)))
-        total = graph.call_function(torch.ops.aten.add.Tensor, (parts[2], parts[0]))
-        total = graph.call_function(torch.ops.aten.add.Tensor, (parts[1], total))
-        graph.output((total, parts[0]) if read_alone else (total,))
+            parts.append(call(operator.getitem, node, 0))
+        total = call(add, parts[2], parts[0])
+        if how in ("with others", "of another dtype"):
+            wide = torch.float64 if how == "of another dtype" else None
+            values["x"].meta["val"] = torch.empty(1, dtype=wide)
+            total = call(add, total, values["x"], like=wide)
+            total = call(add, call(add, parts[1], values["dy"], like=None), total, like=wide)
+        else:
+            total = call(add, parts[1], total)
+        graph.output((total, parts[0]) if how == "read twice" else (total,))
 
     graph = _graph_of(build)
-    assert lora_graph_pass.group_layers(graph) == (not read_alone)
-    adds = [node for node in graph.nodes if node.target is torch.ops.aten.add.Tensor]
-    assert len(adds) == (2 if read_alone else 0)
+    assert lora_graph_pass.group_layers(graph) == (how in ("alone", "with others"))
+    adds = [node for node in graph.nodes if node.target is add]
+    assert len(adds) == {"alone": 0, "with others": 2, "read twice": 2, "of another dtype": 4}[how]
+    if how == "with others":
+        leaves = {arg for node in adds for arg in node.args} - set(adds)
+        (dx,) = (leaf for leaf in leaves if leaf.op != "placeholder")
+        assert {leaf.name for leaf in leaves - {dx}} == {"x", "dy"}
+        assert (dx.args[0].target, dx.args[1]) == (GROUPED[1], 0)
 
 
 def _arguments(values, dy):

@@ -18,11 +18,13 @@ from transformers import (
     LlamaForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
+    XLNetConfig,
+    XLNetLMHeadModel,
 )
 
 from bayeslora import IVON, Posterior, patch, unpatch
 from bayeslora.kernels.lora_perturbed_twin import Perturbation
-from bayeslora.posterior_batched import SLOT, LayerSamples, NotBatched, SampledLayers
+from bayeslora.posterior_batched import SLOT, LayerSamples, NotBatched, RowOrder, SampledLayers
 
 PROMPT = torch.randint(3, 50, (2, 5), generator=torch.Generator().manual_seed(0))
 SEEDS = [7, 2**64 - 3, 11]
@@ -127,6 +129,54 @@ def test_predict_is_one_pass_a_sample(kind, caplog):
     averaged = posterior.predict(batch, seeds=SEEDS, batched=True)
     torch.testing.assert_close(averaged, expected.mean(0), rtol=1e-4, atol=1e-5)
     assert _unchanged(model, before)
+
+
+@pytest.mark.parametrize("length", [6, 4], ids=["length = rows", "length != rows"])
+def test_a_model_that_puts_the_sequence_first_is_run_a_sample_at_a_time(length, caplog):
+    """XLNet reads ``(length, batch, K)``: cut along the length, samples would mix without an error."""
+    torch.manual_seed(0)
+    config = XLNetConfig(vocab_size=50, d_model=32, n_layer=1, n_head=4, d_inner=48, initializer_range=0.3)
+    posterior = _posterior(XLNetLMHeadModel(config), ["layer_1", "layer_2"])
+    tokens = torch.randint(50, (2, length), generator=torch.Generator().manual_seed(0))
+    expected = _in_turn(posterior, lambda: posterior.model(input_ids=tokens).logits.softmax(-1))
+    assert (expected[0] - expected[1]).abs().max() > 0.02
+    with caplog.at_level(logging.INFO, "bayeslora"):
+        found = posterior.predict({"input_ids": tokens}, seeds=SEEDS, batched=True, average=False)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert len(_lines(caplog)) == 1
+
+
+def test_sequences_as_long_as_there_are_rows_share_a_pass(llama, caplog):
+    tokens = torch.randint(50, (2, 2 * len(SEEDS)), generator=torch.Generator().manual_seed(0))
+    with caplog.at_level(logging.INFO, "bayeslora"):
+        found = llama.predict(tokens, seeds=SEEDS, batched=True, average=False)
+    assert not _lines(caplog)
+    expected = _in_turn(llama, lambda: llama.model(input_ids=tokens).logits.softmax(-1))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+class _Patches(nn.Module):
+    """Reads all images' patches in one tensor and says where each image begins, as Qwen2-VL does."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(8, 5)
+
+    def forward(self, pixel_values, counts):
+        assert pixel_values.shape[0] == int(counts.sum()), "the patches are not the images'"
+        parts = self.proj(pixel_values).split(counts.tolist())
+        return torch.stack([part.mean(0) for part in parts])
+
+
+def test_a_tensor_that_is_not_a_row_a_sequence_makes_samples_take_turns(caplog):
+    posterior = _posterior(_Patches(), ["proj"], task=None)
+    draw = torch.Generator().manual_seed(0)
+    batch = {"pixel_values": torch.randn(7, 8, generator=draw), "counts": torch.tensor([3, 4])}
+    expected = _in_turn(posterior, lambda: posterior.model(**batch).softmax(-1))
+    with caplog.at_level(logging.INFO, "bayeslora"):
+        found = posterior.predict(batch, seeds=SEEDS, batched=True, average=False)
+    torch.testing.assert_close(found, expected)
+    assert "samples run one after another" in _lines(caplog)[0]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
@@ -426,7 +476,9 @@ def test_a_compiled_model_is_one_graph_and_takes_new_samples(llama):
 def test_samples_are_kept_where_they_are_few_and_their_rows_too(samples, rows, rank, kept):
     a, b = torch.zeros(rank, 64), torch.zeros(64, rank)
     index = torch.zeros(samples, dtype=torch.int64)
-    layer = LayerSamples("default", a, b, Perturbation(a, b, index, index, 0, 1), torch.float32, samples)
+    layer = LayerSamples(
+        "default", a, b, Perturbation(a, b, index, index, 0, 1), torch.float32, RowOrder(samples, samples)
+    )
     assert layer._keeps(torch.zeros(samples, rows, 64), torch.zeros(64, 64)) == kept
 
 
