@@ -79,8 +79,8 @@ class RowOrder:
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return
         parts = x.reshape(self._groups, -1)
-        apart = torch.linalg.vector_norm(parts - parts[0], dim=1, dtype=torch.float32)
-        if bool((apart > _ALIKE * torch.linalg.vector_norm(parts[0], dtype=torch.float32)).any()):
+        apart = torch.linalg.vector_norm((parts - parts[0]).float(), dim=1)
+        if bool((apart > _ALIKE * torch.linalg.vector_norm(parts[0].float())).any()):
             raise NotBatched(f"a layer reads a tensor of shape {tuple(x.shape)}, the batch not first")
 
 
