@@ -230,7 +230,7 @@ class IVON(torch.optim.Optimizer):
 
     def _reset_samples(self) -> None:
         self._from_context = False  # the pending sample came from sampled_params, not train()
-        self._wrapping_closure = False
+        self._wrapping_closure = self._cleared = False
         self._store = BucketStore(self, self._check_params)
         self._samples = StepSamples(self._store)
 
@@ -378,6 +378,7 @@ class IVON(torch.optim.Optimizer):
         """
         if self._samples.pending is not None and self._samples.held is None and self._from_context:
             self._fold()
+        self._cleared = True
         super().zero_grad(set_to_none)
 
     # ---- the update ------------------------------------------------------------------------------
@@ -393,10 +394,11 @@ class IVON(torch.optim.Optimizer):
             The mean loss of the closure's calls; None without a closure, or where it returns None.
 
         Raises:
-            RuntimeError: no sample was drawn since the last step, so the gradients were not taken at one; a
-                gradient is sparse; a parameter was moved, cast, frozen or added between two samples of the
-                step; ``GradScaler.unscale_`` has seen only the last of several samples; or, with
-                ``sync="independent"``, the ranks' gradients were averaged before.
+            RuntimeError: no sample was drawn since the last step, so the gradients were not taken at one, or
+                there were gradients before the closure's; a gradient is sparse; a parameter was moved, cast,
+                frozen or added between two samples of the step; ``GradScaler.unscale_`` has seen only the
+                last of several samples; or, with ``sync="independent"``, the ranks' gradients were averaged
+                before.
         """
         loss = None if closure is None else self._run_closure(closure)
         self._finish_step()
@@ -439,6 +441,11 @@ class IVON(torch.optim.Optimizer):
 
     def _run_closure(self, closure: Callable[[], Any]) -> Any:
         losses = []
+        params = [p for group in self.param_groups for p in group["params"]]
+        earlier = None  # a gradient that was there before, at the mean
+        if self._samples.held is None and self._samples.pending is None:
+            earlier = next(((p, p.grad) for p in params if p.grad is not None), None)
+        self._cleared = False
         for _ in range(self.mc_samples):
             drawn = self._samples.held is not None  # by opt.train()
             with nullcontext() if drawn else self.sampled_params(train=True), torch.enable_grad():
@@ -447,6 +454,14 @@ class IVON(torch.optim.Optimizer):
                     losses.append(closure())
                 finally:
                     self._wrapping_closure = False
+                if earlier is not None and earlier[0].grad is earlier[1] and not self._cleared:
+                    raise RuntimeError(
+                        "IVON.step(closure): gradients that were there before were not cleared, and the "
+                        "closure's were added to them, but they were not taken at this step's sample. Where "
+                        "micro-batches accumulate, call opt.train() before the first (under Lightning: "
+                        "callbacks=[bayeslora.LightningCallback()]); else clear them with opt.zero_grad()"
+                    )
+                earlier = None
             self._show(None)
         return None if any(loss is None for loss in losses) else sum(losses) / self.mc_samples
 
@@ -588,7 +603,7 @@ class IVON(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._wrapping_closure = False
+        self._wrapping_closure = self._cleared = False
         self._store = BucketStore(self, self._check_params)
         # Absent where torch's load_state_dict comes here, with the groups and their state alone.
         self._samples = StepSamples(self._store, *state.get("_samples", ()))

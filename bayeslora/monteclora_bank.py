@@ -153,7 +153,8 @@ class MontecloraBank:
         self._running.append(module)
         if len(self._running) == 1 and torch._C._current_graph_task_id() == -1:
             self.loss_weight = _share_of_batch(module, kwargs)
-            if self.samples() and self._in_use():
+            transformed = torch._C._are_functorch_transforms_active()  # then PEFT's own layers run
+            if self.samples() and self._in_use() and not transformed:
                 self.refresh()
                 if kwargs.get("num_items_in_batch") is not None and kwargs.get("labels") is None:
                     self._say_once(

@@ -33,6 +33,8 @@ class Draw:
         self.flat: Tensor | None = None
         self.outputs: Sequence[Tensor] = ()
         self.recomputed: list[Tensor | None] = [None] * num_sites
+        self.has_graph = torch.is_grad_enabled()
+        """Whether its forward recorded a graph: within reentrant checkpointing of the model it does not."""
         self.done = False
 
 
@@ -182,6 +184,8 @@ class Part:
         self.differentiated = False
         """Whether a gradient has come through here since the last draw."""
         self.live: list[weakref.ref[Draw]] = []
+        self._without_graph = 0
+        """Draws of forwards without a graph, since the last recomputation or refusal."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "current": None, "live": []}
@@ -250,6 +254,7 @@ class Part:
         self.release()
         self.live = [ref for ref in self.live if ref() is not None]
         self.live.append(weakref.ref(draw))
+        self._without_graph += not draw.has_graph
         self.current = draw
 
     def gradients_cleared(self) -> bool:
@@ -285,10 +290,12 @@ class Part:
 
     def _draw_of_this_backward(self) -> Draw:
         draws = [draw for ref in self.live if (draw := ref()) is not None]
-        waiting = [draw for draw in draws if not draw.done]
-        if len(waiting) > 1:
+        waiting = [draw for draw in draws if draw.has_graph and not draw.done]
+        count = len(waiting) or self._without_graph  # of the latter only the last is at hand
+        if count > 1:
+            self._without_graph = 0
             raise RuntimeError(
-                f"{len(waiting)} forwards of MonteCLoRA layers under gradient checkpointing wait for "
+                f"{count} forwards of MonteCLoRA layers under gradient checkpointing wait for "
                 "backward (or, after retain_graph=True, for another one), and their noise cannot be told "
                 "apart; call backward() after each forward, or drop what holds the graph of the forwards "
                 "that need none"
@@ -299,6 +306,7 @@ class Part:
 
             def finish() -> None:
                 draw.done, draw.recomputed = not again, [None] * len(draw.recomputed)
+                self._without_graph = 0
 
             torch.autograd.Variable._execution_engine.queue_callback(finish)  # type: ignore[attr-defined]
         return draw

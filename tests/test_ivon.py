@@ -561,6 +561,35 @@ def test_a_group_added_before_the_step_of_a_sample_joins_the_next():
     assert _equal(*runs)
 
 
+@pytest.mark.parametrize("clear", ["zero_grad", "zero", "model", None])
+def test_a_closure_adds_to_no_gradient_of_before(clear):
+    model = _model()
+    opt = _optimizer(model)
+    _train(model, opt, 1)  # leaves its gradients behind
+    before, state = _values(model), copy.deepcopy(opt.state_dict()["state"])
+
+    def closure():
+        if clear == "model":
+            model.zero_grad()
+        elif clear is not None:
+            opt.zero_grad(set_to_none=clear == "zero_grad")
+        loss = _loss(model)
+        loss.backward()
+        return loss
+
+    if clear is not None:
+        opt.step(closure)
+        assert not _equal(_values(model), before)
+        return
+    with pytest.raises(RuntimeError, match="gradients that were there before were not cleared"):
+        opt.step(closure)
+    assert _equal(_values(model), before)
+    for index, values in opt.state_dict()["state"].items():
+        assert all(torch.equal(values[key], state[index][key]) for key in values)
+    opt.zero_grad()
+    opt.step(closure)
+
+
 def test_deepcopy_goes_on_like_the_original():
     model = _model()
     opt = _optimizer(model)

@@ -9,6 +9,7 @@ import torch
 from monteclora_models import BATCH, TOKENS, bank_of, gradients, patched_model
 from peft import LoraConfig, MontecloraConfig, get_peft_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import T5Config, T5ForConditionalGeneration
 
 import bayeslora
@@ -141,6 +142,51 @@ def test_a_forward_that_may_be_differentiated_again_is_told_apart(reentrant):
     loss.backward()
     for name, gradient in gradients(plain).items():
         torch.testing.assert_close(gradients(model)[name], gradient, **CLOSE)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_forwards_without_a_graph_are_not_waited_for(reentrant):
+    found = []
+    for model in (patched_model(), _checkpointed(patched_model(), reentrant)):
+        with torch.no_grad():
+            model(**BATCH)
+        loss = model(**BATCH).loss
+        with torch.no_grad():  # as the old policy's, or a teacher's
+            model(**BATCH)
+            model(**BATCH)
+        loss.backward()
+        found.append(gradients(model))
+    for name in found[0]:
+        torch.testing.assert_close(found[1][name], found[0][name], **CLOSE)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_whole_models_under_checkpoint(reentrant):
+    def run(forwards, call):
+        model = patched_model()
+        x = model.get_input_embeddings()(TOKENS).detach().requires_grad_()
+        loss = [
+            call(lambda e: model(inputs_embeds=e, labels=TOKENS).loss, x * i) for i in range(1, 1 + forwards)
+        ]
+        sum(loss).backward()
+        return gradients(model)
+
+    def checkpointed(function, x):
+        return checkpoint(function, x, use_reentrant=reentrant)
+
+    expected, found = run(1, lambda function, x: function(x)), run(1, checkpointed)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], **CLOSE)
+    with pytest.raises(RuntimeError, match="2 forwards of MonteCLoRA layers"):
+        run(2, checkpointed)
+
+
+def test_functorch_takes_pefts_layers():
+    model = patched_model()
+    given = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    grads = torch.func.grad(lambda p: torch.func.functional_call(model, p, (), BATCH).loss)(given)
+    assert all(grad.isfinite().all() for grad in grads.values())
+    assert _draws(model) == 0
 
 
 def test_a_sample_in_inference_mode_after_a_cast_leaves_a_model_that_trains():

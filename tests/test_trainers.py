@@ -278,6 +278,34 @@ def test_lightning_writes_the_mean_in_the_middle_of_a_step(tmp_path):
         assert not torch.equal(means[2][name], means[3][name])
 
 
+def test_lightning_that_accumulates_without_the_callback_is_refused(tmp_path):
+    lightning = pytest.importorskip("lightning.pytorch")
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(3, 2)
+
+        def training_step(self, batch, _index):
+            return self.layer(batch).square().mean()
+
+        def configure_optimizers(self):
+            return IVON(self.parameters(), lr=0.1, ess=10.0)
+
+    trainer = lightning.Trainer(
+        max_steps=2,
+        accumulate_grad_batches=2,
+        accelerator="cpu",
+        default_root_dir=str(tmp_path),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        logger=False,
+    )
+    with pytest.raises(RuntimeError, match="LightningCallback"):
+        trainer.fit(Module(), DataLoader(torch.randn(4, 3), batch_size=1))
+
+
 def test_accelerate_resumes_at_the_mean_from_the_middle_of_a_step(tmp_path):
     from accelerate import Accelerator
 
