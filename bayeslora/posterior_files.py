@@ -22,6 +22,7 @@ from bayeslora.ivon_distributed import is_sharded, whole
 from bayeslora.kernels.param_bucket import state_dtype
 from bayeslora.posterior import Posterior
 from bayeslora.posterior_gaussian import GaussianParameter
+from bayeslora.posterior_lifecycle import wrapped_hint
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -226,8 +227,8 @@ def _require_peft(model: nn.Module) -> PeftModel:
 
     if not isinstance(model, PeftModel):
         raise TypeError(
-            f"save_pretrained needs a PEFT model (peft.get_peft_model), got {type(model).__name__}; "
-            "for other models keep opt.state_dict()"
+            f"save_pretrained needs a PEFT model (peft.get_peft_model), got {type(model).__name__}"
+            f"{wrapped_hint(model) or '; for other models keep opt.state_dict()'}"
         )
     return model
 

@@ -283,5 +283,18 @@ def _require_peft(model: Any) -> Any:
     from peft import PeftModel
 
     if not isinstance(model, PeftModel):
-        raise TypeError(f"this needs a PEFT model (peft.get_peft_model), got {type(model).__name__}")
+        kind = type(model).__name__
+        raise TypeError(f"this needs a PEFT model (peft.get_peft_model), got {kind}{wrapped_hint(model)}")
     return model
+
+
+def wrapped_hint(model: nn.Module) -> str:
+    """Return what to write where ``model`` is torch.compile's or DDP's wrapper of PEFT's; "" elsewhere."""
+    from peft import PeftModel
+
+    for name in ("_orig_mod", "module"):
+        if isinstance(getattr(model, name, None), PeftModel):
+            return (
+                f" around one; make the posterior of that: Posterior.from_optimizer(model.{name}, optimizer)"
+            )
+    return ""

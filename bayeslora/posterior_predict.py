@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import operator
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -91,7 +92,7 @@ def _homes(posterior: Posterior) -> list[tuple[Any, str]]:
         return posterior._homes
     found: list[tuple[Any, str]] = []
     posterior._homes = found
-    if not hasattr(posterior.model, "peft_config"):
+    if "peft" not in sys.modules:
         return found
     from peft.tuners.tuners_utils import BaseTunerLayer
 

@@ -137,6 +137,41 @@ def test_samples_within_one_autocast_are_not_its_first_ones_casts(source, traine
         assert torch.equal(got, want)
 
 
+class _Last(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens):
+        return self.model(input_ids=tokens).logits[:, -1]
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_peft_model_inside_of_another_is_asked_for_its_adapter_too(batched):
+    """Samples of an adapter that is not in use would all be one prediction, without a word."""
+    inner = patch(_lora(_base()))
+    model = _Last(inner)
+    opt = IVON([p for p in model.parameters() if p.requires_grad], lr=0.1, ess=100.0)
+    posterior = Posterior.from_optimizer(model, opt)
+    inner.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+    inner.set_adapter("other")
+    with pytest.raises(ValueError, match=r"set_adapter\('default'\)"):
+        posterior.predict(TOKENS, 2, batched=batched)
+    inner.set_adapter("default")
+    assert posterior.predict(TOKENS, 2, batched=batched).shape == (2, 50)
+
+
+def test_a_compiled_models_posterior_says_whose_to_make_it(tmp_path):
+    model = torch.compile(_lora(_base()), backend="eager")
+    posterior = Posterior.from_optimizer(
+        model, IVON([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    )
+    for call in (lambda: posterior.save_pretrained(tmp_path), posterior.merge):
+        with pytest.raises(TypeError, match=r"from_optimizer\(model\._orig_mod, optimizer\)"):
+            call()
+    assert not list(tmp_path.iterdir())
+
+
 def test_from_optimizer_inside_a_sample_takes_the_mean(trained):
     model, opt = copy.deepcopy(trained)
     mean = _adapter(model)
