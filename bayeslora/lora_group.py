@@ -126,6 +126,8 @@ class LoraGroup:
 
     def _is_left(self, parent: nn.Module) -> bool:
         """Tell whether no member is ``parent``'s child any more (PEFT's ``merge_and_unload``, ``unload``)."""
+        if "_is_replica" in parent.__dict__:  # of nn.DataParallel: its hooks are the original's
+            return False
         children = parent._modules.values()
         for member in self._members:  # noqa: SIM110 - half of the time, and as a rule the first is there
             if member is not None and member() in children:

@@ -50,6 +50,19 @@ def _gradients(model):
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+def _hooks(model):
+    return [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]
+
+
+def test_copies_leave_the_models_hooks_alone(copies):
+    model = _model()
+    before = _hooks(model)
+    for part in copies(model):
+        _loss(part, TOKENS)
+    assert _hooks(model) == before
+    assert sum(map(sum, before)) > 0
+
+
 def test_copies_give_the_models_loss_and_gradients_and_say_whose_forward_they_use(copies, caplog):
     model = _model()
     alone = copy.deepcopy(model)
