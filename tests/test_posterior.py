@@ -163,9 +163,8 @@ def test_a_peft_model_inside_of_another_is_asked_for_its_adapter_too(batched):
 
 def test_a_compiled_models_posterior_says_whose_to_make_it(tmp_path):
     model = torch.compile(_lora(_base()), backend="eager")
-    posterior = Posterior.from_optimizer(
-        model, IVON([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    )
+    opt = IVON([p for p in model.parameters() if p.requires_grad], lr=0.1, ess=100.0)
+    posterior = Posterior.from_optimizer(model, opt)
     for call in (lambda: posterior.save_pretrained(tmp_path), posterior.merge):
         with pytest.raises(TypeError, match=r"from_optimizer\(model\._orig_mod, optimizer\)"):
             call()
