@@ -215,7 +215,8 @@ def capture_step(
 
     Args:
         model: the model, on its device, in train mode.
-        opt: a :class:`bayeslora.IVON`, or another optimizer built with ``capturable=True``.
+        opt: a :class:`bayeslora.IVON`, also one wrapped by accelerate, or another optimizer built with
+            ``capturable=True``.
         loss_fn: ``loss_fn(model, batch)`` -> scalar loss; None for ``model(**batch).loss``.
         max_grad_norm: clip the gradients' total norm to it, as ``torch.nn.utils.clip_grad_norm_``.
         accumulation_steps: micro-batches a step, >= 1; their losses are averaged.
@@ -234,6 +235,9 @@ def capture_step(
         raise ValueError(f"accumulation_steps must be >= 1, got {accumulation_steps!r}")
     if warmup < 1:
         raise ValueError(f"warmup must be >= 1, got {warmup!r}")
+    wrapped = getattr(opt, "optimizer", None)
+    if isinstance(wrapped, IVON):  # by accelerate
+        opt = wrapped
     return CapturedStep(
         model,
         opt,

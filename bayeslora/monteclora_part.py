@@ -33,6 +33,8 @@ class Draw:
         self.flat: Tensor | None = None
         self.outputs: Sequence[Tensor] = ()
         self.recomputed: list[Tensor | None] = [None] * num_sites
+        self.used: set[int] = set()
+        """Sites that the forward took: two parts of a model that are called by themselves share none."""
         self.has_graph = torch.is_grad_enabled()
         """Whether its forward recorded a graph: within reentrant checkpointing of the model it does not."""
         self.done = False
@@ -275,10 +277,13 @@ class Part:
         """Return a site's matrix for the forward that is running, or running again within backward."""
         if torch._C._current_graph_task_id() != -1:
             return self._again(site)
-        return self.current.outputs[site]  # type: ignore[union-attr]
+        draw = self.current
+        assert draw is not None
+        draw.used.add(site)
+        return draw.outputs[site]
 
     def _again(self, site: int) -> Tensor:
-        draw = self._draw_of_this_backward()
+        draw = self._draw_of_this_backward(site)
         found = draw.recomputed[site]
         if found is None:
             held = self.sampler(site % len(self.layers))._parameters
@@ -288,8 +293,9 @@ class Part:
             draw.recomputed[site] = found
         return found
 
-    def _draw_of_this_backward(self) -> Draw:
-        draws = [draw for ref in self.live if (draw := ref()) is not None]
+    def _draw_of_this_backward(self, site: int) -> Draw:
+        live = [draw for ref in self.live if (draw := ref()) is not None]
+        draws = [draw for draw in live if site in draw.used] or live
         waiting = [draw for draw in draws if draw.has_graph and not draw.done]
         count = len(waiting) or self._without_graph  # of the latter only the last is at hand
         if count > 1:

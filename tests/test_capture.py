@@ -250,3 +250,17 @@ def test_a_group_added_later_is_cleared_and_clipped():
             step({"x": x})
         runs.append([p.detach().clone() for p in model.parameters()])
     assert all(map(torch.equal, *runs))
+
+
+def test_ivon_may_be_wrapped_by_accelerate(device):
+    from accelerate import Accelerator
+
+    runs = []
+    for wrap in (False, True):
+        model, opt, _ = _setup(device)
+        given = Accelerator(cpu=device.type == "cpu").prepare(opt) if wrap else opt
+        step = capture_step(model, given)
+        for i in range(3):
+            step(_batch(8, i, device))
+        runs.append(_weights(model))
+    torch.testing.assert_close(*runs)

@@ -74,6 +74,23 @@ def test_an_encoder_alone_is_a_forward_of_one_draw():
     assert all("SelfAttention" in name or "EncDec" in name for name in hooked if "." in name)  # LoraGroup's
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_parts_called_by_themselves_are_told_apart_under_checkpointing(reentrant):
+    found = []
+    for checkpointing in (False, True):
+        model = _t5()
+        bayeslora.configure_monteclora(model, seed=1, sample_scaler=1.0)
+        if checkpointing:
+            _checkpointed(model, reentrant)
+        base = model.get_base_model()
+        memory = base.encoder(input_ids=TOKENS)
+        model(encoder_outputs=memory, labels=TOKENS).loss.backward()
+        found.append(gradients(model))
+        assert _draws(model) == 2
+    for name in found[0]:
+        torch.testing.assert_close(found[1][name], found[0][name], **CLOSE)
+
+
 def test_shared_towers_are_hooked_once():
     class Towers(nn.Module):
         def __init__(self):
