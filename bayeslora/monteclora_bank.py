@@ -11,7 +11,7 @@ checkpointed layers that wait for one backward cannot be told apart, and raise.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -171,13 +171,14 @@ class MontecloraBank:
             del self._running[self._running.index(module) :]
         if self._running or torch._C._current_graph_task_id() != -1 or not self.samples():
             return
-        node = _graph_node(output)
+        nodes = list(_graph_nodes(output))
         for part in self.parts:
-            if node is not None and part.current is not None:
-                node.metadata.setdefault(_TOKEN, []).append(part.current)
+            if part.current is not None:
+                for node in nodes:  # whichever of them a loss is made of keeps the draw for a recomputation
+                    node.metadata.setdefault(_TOKEN, []).append(part.current)
             part.release()
         if self.options.add_loss and self._in_use():
-            self._add_loss(output, node is not None)
+            self._add_loss(output, bool(nodes))
 
     def _add_loss(self, output: Any, trains: bool) -> None:
         """Add the variational loss to the loss in a model's output; say once where there is none."""
@@ -207,6 +208,10 @@ class MontecloraBank:
         """Perturb every layer's matrices, by a new draw unless this optimizer step has one."""
         if self._traits() != self._built_for:
             self._build()
+        if self.options.mode == "priors":
+            for layer in self.layers:  # PEFT's set_adapter() thaws all of an adapter
+                for parameter in self._trainable(layer)[:2]:
+                    parameter.requires_grad_(False)
         advance = True
         if self.options.resample == "step":
             versions = [p._version for layer in self.layers for p in self._all_parameters(layer)]
@@ -289,13 +294,18 @@ def _shifts_labels(module: nn.Module) -> bool:
     return getattr(base, "loss_type", None) == "ForConditionalGeneration" and not encoder_decoder
 
 
-def _graph_node(output: Any) -> Any:
-    """Return a node of the graph of a model's output, or None."""
-    values = output.values() if isinstance(output, dict) else output
-    for value in (values,) if isinstance(values, Tensor) else (values or ()):
-        if isinstance(value, Tensor) and value.grad_fn is not None:
-            return value.grad_fn
-    return None
+def _graph_nodes(output: Any, levels: int = 3) -> Iterator[Any]:
+    """Yield the nodes of the graph that a model's output comes from; containers may be nested."""
+    if isinstance(output, Tensor):
+        if output.grad_fn is not None:
+            yield output.grad_fn
+    elif levels:
+        if isinstance(output, dict):
+            values: Iterable[Any] = output.values()
+        else:
+            values = output if isinstance(output, list | tuple) else getattr(output, "__dict__", {}).values()
+        for value in values:
+            yield from _graph_nodes(value, levels - 1)
 
 
 def add_hooks(model: nn.Module, bank: MontecloraBank) -> None:

@@ -6,7 +6,7 @@ import types
 
 import pytest
 import torch
-from monteclora_models import BATCH, TOKENS, bank_of, gradients, patched_model
+from monteclora_models import BATCH, TOKENS, bank_of, gradients, patched_model, peft_model
 from peft import LoraConfig, MontecloraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -196,6 +196,50 @@ def test_whole_models_under_checkpoint(reentrant):
         torch.testing.assert_close(found[name], expected[name], **CLOSE)
     with pytest.raises(RuntimeError, match="2 forwards of MonteCLoRA layers"):
         run(2, checkpointed)
+
+
+class _Nested(nn.Module):
+    """A model whose output is not PEFT's or transformers'."""
+
+    def __init__(self, inner, wrap):
+        super().__init__()
+        self.inner, self.wrap = inner, wrap
+
+    def forward(self, **batch):
+        return self.wrap(self.inner(**batch))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "loss_of"),
+    [
+        (lambda out: {"head": [{"loss": out.loss}]}, lambda out: out["head"][0]["loss"]),
+        (lambda out: types.SimpleNamespace(it=(None, out.loss)), lambda out: out.it[1]),
+        (lambda out: out, lambda out: out.logits.square().mean()),  # and the output's own loss is dropped
+    ],
+)
+def test_a_draw_lives_as_long_as_what_is_made_of_it(wrap, loss_of):
+    found = []
+    for checkpointing in (False, True):
+        inner = peft_model()
+        model = bayeslora.patch(_Nested(inner, wrap))
+        bayeslora.configure_monteclora(model, seed=5)
+        if checkpointing:
+            _checkpointed(inner, True)
+        loss = loss_of(model(**BATCH))
+        with torch.no_grad():
+            model(**BATCH)
+        loss.backward()
+        found.append(gradients(model))
+    for name in found[0]:
+        torch.testing.assert_close(found[1][name], found[0][name], **CLOSE)
+
+
+def test_post_hoc_priors_train_alone_after_an_adapter_is_set_again():
+    model = patched_model(options={"mode": "priors"})
+    model.set_adapter("default")
+    model(**BATCH).loss.backward()
+    assert gradients(model)
+    assert all("lora_monteclora_sampler" in name for name in gradients(model))
 
 
 def test_functorch_takes_pefts_layers():
