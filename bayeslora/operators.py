@@ -20,7 +20,8 @@ def operator(name: str, schema: str | None = None) -> Callable[[Callable[..., An
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         qualified = f"bayeslora::{name}"
-        torch.library.define(qualified, schema or torch.library.infer_schema(function, mutates_args=()))
+        signature = schema or torch.library.infer_schema(function, mutates_args=())
+        torch.library.define(qualified, signature, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.impl(qualified, "default", torch.compiler.disable(function))
         return getattr(torch.ops.bayeslora, name).default
 

@@ -10,7 +10,7 @@ import logging
 import math
 import operator
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -36,13 +36,15 @@ def check_seeds(num_samples: int | None, seed: int, seeds: Sequence[int] | None,
 
     Raises:
         ValueError: there are none, or ``seeds`` has another length than ``num_samples``.
-        TypeError: a seed is not an integer.
+        TypeError: ``num_samples`` or a seed is not an integer, or ``seeds`` not a sequence of them.
     """
-    if num_samples is not None and num_samples < 1:
+    if num_samples is not None and check_seed(num_samples, "num_samples must be an integer") < 1:
         raise ValueError(f"num_samples must be >= 1, got {num_samples!r}")
     if seeds is None:
         first = check_seed(seed)
         return list(range(first, first + (num_samples or default)))
+    if not isinstance(seeds, Iterable):
+        raise TypeError(f"seeds must be a sequence of integers, got {seeds!r}; one alone: seeds=[{seeds!r}]")
     names = [check_seed(name, "seeds must be integers") for name in seeds]
     if not names or (num_samples is not None and len(names) != num_samples):
         raise ValueError(
@@ -129,7 +131,7 @@ def check_scale(variance_scale: float, ess_scale: float | None) -> float:
 
 
 def _check_max_batch(max_batch: int | None) -> None:
-    if max_batch is not None and max_batch < 1:
+    if max_batch is not None and check_seed(max_batch, "max_batch must be an integer") < 1:
         raise ValueError(f"max_batch must be >= 1 or None, got {max_batch!r}")
 
 

@@ -169,6 +169,18 @@ def test_the_registered_operators_keep_their_promises(needed, dropout_p, adapter
     torch.library.opcheck(lora_ops._lora_linear, arguments, rtol=1e-5, atol=1e-6)
 
 
+def test_the_operators_say_that_they_follow_torch_compiles_rules(device):
+    """Some users let it take no others: ``only_allow_pt2_compliant_ops``."""
+    layer = [torch.randn(shape, device=device) for shape in ((6, 5), (6,), (2, 5), (6, 2))]
+
+    def call(x):
+        return lora_ops.compiled_lora_linear(x, tuple(layer), 2.0, 0.0, None, x.dtype)
+
+    with torch._dynamo.config.patch(only_allow_pt2_compliant_ops=True):
+        compiled = torch.compile(call, backend="eager", fullgraph=True)
+        assert compiled(torch.randn(3, 5, device=device)).shape == (3, 6)
+
+
 def test_second_derivatives_of_a_compiled_layer_are_an_error(device):
     layer = _llama(device).base_model.model.model.layers[0].self_attn.q_proj
     x = torch.randn(2, 32, device=device, requires_grad=True)

@@ -423,6 +423,14 @@ def test_bad_arguments(llama, arguments, match):
 
 
 def test_bad_arguments_of_generate(llama):
+    for arguments, match in (
+        ({"num_samples": 2.0}, "num_samples must be an integer, got 2.0"),
+        ({"num_samples": True}, "num_samples must be an integer, got True"),
+        ({"max_batch": 2.5}, "max_batch must be an integer, got 2.5"),
+        ({"seeds": 5}, r"seeds must be a sequence of integers, got 5; one alone: seeds=\[5\]"),
+    ):
+        with pytest.raises(TypeError, match=match):
+            llama.generate(PROMPT, **arguments)
     with pytest.raises(TypeError, match="seeds must be integers"):
         llama.generate(PROMPT, seeds=[0.5])
     for seed in (0.5, "1", None, True):
