@@ -196,8 +196,9 @@ class Posterior(PosteriorLifecycle):
         With ``batched`` the samples are one pass: the batch is repeated S times, and each patched layer
         perturbs its rows by their sample (``posterior_batched.py``). The result is that of one pass a
         sample, up to the rounding of the products. Where that cannot be (a perturbed head or bias, a
-        quantized base, MonteCLoRA, an unpatched model) the samples run one after another, and one log line
-        says why.
+        quantized base, MonteCLoRA, an unpatched model, one that does not keep the batch first, an input with
+        another first dimension than the batch's) the samples run one after another, and one log line says
+        why.
 
         Args:
             batch: a mapping (passed as keyword arguments), a tensor, or a tuple of positional arguments.
