@@ -444,7 +444,8 @@ class IVON(torch.optim.Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         earlier = None  # a gradient that was there before, at the mean
         if self._samples.held is None and self._samples.pending is None:
-            earlier = next(((p, p.grad) for p in params if p.grad is not None), None)
+            earlier = next(((p, p.grad) for p in params if p.grad is not None and not p.grad.is_sparse), None)
+        held_some = None if earlier is None else earlier[1].any()  # read below, in the case that is in doubt
         self._cleared = False
         for _ in range(self.mc_samples):
             drawn = self._samples.held is not None  # by opt.train()
@@ -454,7 +455,8 @@ class IVON(torch.optim.Optimizer):
                     losses.append(closure())
                 finally:
                     self._wrapping_closure = False
-                if earlier is not None and earlier[0].grad is earlier[1] and not self._cleared:
+                kept = earlier is not None and earlier[0].grad is earlier[1] and not self._cleared
+                if kept and held_some:
                     raise RuntimeError(
                         "IVON.step(closure): gradients that were there before were not cleared, and the "
                         "closure's were added to them, but they were not taken at this step's sample. Where "

@@ -590,6 +590,18 @@ def test_a_closure_adds_to_no_gradient_of_before(clear):
     opt.step(closure)
 
 
+def test_a_closure_takes_gradients_of_zeros_for_none():
+    runs = []
+    for zeros in (False, True):
+        model = _model()
+        opt = _optimizer(model)
+        _train(model, opt, 1)
+        model.zero_grad(set_to_none=not zeros)
+        opt.step(lambda model=model: _loss(model).backward())
+        runs.append(_values(model))
+    assert _equal(*runs)
+
+
 def test_deepcopy_goes_on_like_the_original():
     model = _model()
     opt = _optimizer(model)
