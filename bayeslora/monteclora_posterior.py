@@ -89,12 +89,14 @@ class MontecloraPosterior(Posterior):
         try:
             for matrices in self._parts:
                 _write(matrices, seed, variance_scale)
+            torch.clear_autocast_cache()  # an outer autocast keeps casts of what the parameters held
             yield
         finally:
             self._bank.paused = paused
             with torch.no_grad():
                 for p, value in zip(tensors, before, strict=True):
                     p.copy_(value)
+            torch.clear_autocast_cache()
 
     # ---- moments -------------------------------------------------------------------------------------
 

@@ -45,6 +45,15 @@ def test_samples_are_named_by_their_seed_and_put_back(posterior):
         pass
 
 
+def test_autocast_casts_each_sample_anew(posterior):
+    weight = bank_of(posterior.model).layers[0].lora_A["default"].weight
+    ones = torch.ones(weight.shape[1], 1, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):  # which keeps its casts of leaves that want gradients
+        for seed in (None, 3, 4, None):
+            with torch.enable_grad(), posterior.sample(seed) if seed else torch.enable_grad():
+                assert torch.equal(torch.mm(weight, ones), torch.mm(weight.bfloat16(), ones))
+
+
 def test_a_sample_is_the_training_draw_of_that_seed():
     model = patched_model(options={"seed": 9})
     posterior = Posterior.from_monteclora(model)
