@@ -10,7 +10,7 @@ def operator(name: str, schema: str | None = None) -> Callable[[Callable[..., An
     """Return a decorator that makes a function the operator ``bayeslora::name``, on every device.
 
     What `torch.library.custom_op` does but for its checks at every call that outputs share no memory, which
-    cost 25 us of host time: `torch.library.opcheck` makes them in the tests.
+    cost host time (``bench/NOTES.md``): `torch.library.opcheck` makes them in the tests.
 
     Args:
         name: of the operator.

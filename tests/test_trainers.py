@@ -237,49 +237,8 @@ def test_lightning(tmp_path, device):
         assert torch.equal(saved[name].cpu(), value)
 
 
-def test_lightning_writes_the_mean_in_the_middle_of_a_step(tmp_path):
-    lightning = pytest.importorskip("lightning.pytorch")
-    from bayeslora import LightningCallback
-
-    class SavesEveryBatch(lightning.Callback):
-        def on_train_batch_end(self, trainer, module, _outputs, _batch, index):
-            trainer.save_checkpoint(tmp_path / f"{index}.ckpt")
-            self.mean = {n: opt.state[p]["mean"].clone() for n, p in module.named_parameters()}
-
-    class Module(lightning.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.layer = torch.nn.Linear(3, 2)
-
-        def training_step(self, batch, _index):
-            return self.layer(batch).square().mean()
-
-        def configure_optimizers(self):
-            return opt
-
-    module, saves = Module(), SavesEveryBatch()
-    opt = IVON(module.parameters(), lr=0.1, ess=10.0)
-    trainer = lightning.Trainer(
-        max_steps=2,
-        accumulate_grad_batches=2,
-        accelerator="cpu",
-        default_root_dir=str(tmp_path),
-        callbacks=[saves, LightningCallback()],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        logger=False,
-    )
-    trainer.fit(module, DataLoader(torch.randn(4, 3), batch_size=1))
-    means = [torch.load(tmp_path / f"{i}.ckpt", weights_only=False)["state_dict"] for i in range(4)]
-    for name in saves.mean:
-        assert torch.equal(means[1][name], means[2][name])  # the second in the middle of a step
-        assert torch.equal(means[3][name], saves.mean[name])
-        assert not torch.equal(means[2][name], means[3][name])
-
-
-def test_lightning_that_accumulates_without_the_callback_is_refused(tmp_path):
-    lightning = pytest.importorskip("lightning.pytorch")
+def _accumulate_under_lightning(lightning, folder, *callbacks):
+    """Two steps of two micro-batches of a linear layer under IVON."""
 
     class Module(lightning.LightningModule):
         def __init__(self):
@@ -296,14 +255,39 @@ def test_lightning_that_accumulates_without_the_callback_is_refused(tmp_path):
         max_steps=2,
         accumulate_grad_batches=2,
         accelerator="cpu",
-        default_root_dir=str(tmp_path),
+        default_root_dir=str(folder),
+        callbacks=list(callbacks),
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
         logger=False,
     )
+    trainer.fit(Module(), DataLoader(torch.randn(4, 3), batch_size=1))
+
+
+def test_lightning_writes_the_mean_in_the_middle_of_a_step(tmp_path):
+    lightning = pytest.importorskip("lightning.pytorch")
+    from bayeslora import LightningCallback
+
+    class SavesEveryBatch(lightning.Callback):
+        def on_train_batch_end(self, trainer, module, _outputs, _batch, index):
+            trainer.save_checkpoint(tmp_path / f"{index}.ckpt")
+            state = module.optimizers(use_pl_optimizer=False).state
+            self.mean = {n: state[p]["mean"].clone() for n, p in module.named_parameters()}
+
+    saves = SavesEveryBatch()
+    _accumulate_under_lightning(lightning, tmp_path, saves, LightningCallback())
+    means = [torch.load(tmp_path / f"{i}.ckpt", weights_only=False)["state_dict"] for i in range(4)]
+    for name in saves.mean:
+        assert torch.equal(means[1][name], means[2][name])  # the second in the middle of a step
+        assert torch.equal(means[3][name], saves.mean[name])
+        assert not torch.equal(means[2][name], means[3][name])
+
+
+def test_lightning_that_accumulates_without_the_callback_is_refused(tmp_path):
+    lightning = pytest.importorskip("lightning.pytorch")
     with pytest.raises(RuntimeError, match="LightningCallback"):
-        trainer.fit(Module(), DataLoader(torch.randn(4, 3), batch_size=1))
+        _accumulate_under_lightning(lightning, tmp_path)
 
 
 def test_accelerate_resumes_at_the_mean_from_the_middle_of_a_step(tmp_path):
