@@ -367,6 +367,10 @@ class IVON(torch.optim.Optimizer):
     def _fold(self) -> None:
         self._samples.fold(self.hess_approx == "price", self.rescale_lr)
 
+    @untraced  # Dynamo of torch 2.11 cannot set an optimizer's attribute
+    def _note_cleared(self, cleared: bool) -> None:
+        self._cleared = cleared
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients; those of a finished ``sampled_params(train=True)`` are kept for ``step()``.
 
@@ -378,7 +382,7 @@ class IVON(torch.optim.Optimizer):
         """
         if self._samples.pending is not None and self._samples.held is None and self._from_context:
             self._fold()
-        self._cleared = True
+        self._note_cleared(True)
         super().zero_grad(set_to_none)
 
     # ---- the update ------------------------------------------------------------------------------
@@ -446,7 +450,7 @@ class IVON(torch.optim.Optimizer):
         if self._samples.held is None and self._samples.pending is None:
             earlier = next(((p, p.grad) for p in params if p.grad is not None and not p.grad.is_sparse), None)
         held_some = None if earlier is None else earlier[1].any()  # read below, in the case that is in doubt
-        self._cleared = False
+        self._note_cleared(False)
         for _ in range(self.mc_samples):
             drawn = self._samples.held is not None  # by opt.train()
             with nullcontext() if drawn else self.sampled_params(train=True), torch.enable_grad():
