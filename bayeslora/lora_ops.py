@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lora_passes import Layer, LoraWeights, Needs, Saved, backward, forward, operands
+from .lora_passes import Layer, LoraWeights, Needs, Saved, backward, cast_adapters, forward
 from .lora_products import cast
 from .operators import operator
 
@@ -72,7 +72,7 @@ def _lora_linear_backward(
     """Return dx, dA and dB; an empty tensor for each that is not needed."""
     dtype = dy.dtype
     flat = cast(x, dtype).reshape(-1, x.shape[-1])
-    saved = Saved(flat, hidden, seed, cast(lora_a, dtype), [cast(lora_b, dtype)], [weight])
+    saved = Saved(flat, hidden, seed, *cast_adapters([lora_a], [lora_b], dtype), [weight])
     needs = Needs(needs_x, [needs_a], [needs_b])
     dtypes = [(lora_a.dtype, lora_b.dtype)]
     with torch.autocast(dy.device.type, enabled=False):
@@ -192,10 +192,9 @@ def _lora_linear_group_backward(
     The layers' A have one dtype. ``hidden`` are the forward's columns; apart in memory, they are copied.
     """
     dtype, wanted = dys[0].dtype, [True] * len(dys)
-    parts = zip(weights, [None] * len(dys), lora_as, lora_bs, strict=True)
-    cast_weights, _, lora_a, cast_bs = operands([LoraWeights(*layer) for layer in parts], dtype)
     flat = cast(x, dtype).reshape(-1, x.shape[-1])
-    saved = Saved(flat, _joined(hidden, 1), None, lora_a, cast_bs, cast_weights)
+    adapters = cast_adapters(lora_as, lora_bs, dtype)
+    saved = Saved(flat, _joined(hidden, 1), None, *adapters, weights)
     dtypes = [(a.dtype, b.dtype) for a, b in zip(lora_as, lora_bs, strict=True)]
     with torch.autocast(dys[0].device.type, enabled=False):
         dx, das, dbs = backward(dys, saved, Needs(needs_x, wanted, wanted), dtypes, scaling, 0.0)

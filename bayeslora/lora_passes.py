@@ -13,6 +13,7 @@ from torch import Tensor
 from .lora_products import (
     base_plus_lora,
     cast,
+    copy_cast,
     dropout_ops,
     hidden_gradient,
     input_gradient,
@@ -44,21 +45,29 @@ def operands(
         if weight.dtype == lora_a.dtype == lora_b.dtype == dtype and (bias is None or bias.dtype == dtype):
             return (weight,), (bias,), lora_a, (lora_b,)
     weights, biases, a_parts, b_parts = [], [], [], []
-    one_dtype = True
     for weight, bias, lora_a, lora_b in layers:
         weights.append(cast(weight, dtype))
         biases.append(None if bias is None else cast(bias, dtype))
         a_parts.append(lora_a)
         b_parts.append(lora_b)
+    return weights, biases, *cast_adapters(a_parts, b_parts, dtype)
+
+
+def cast_adapters(
+    lora_as: Sequence[Tensor], lora_bs: Sequence[Tensor], dtype: torch.dtype
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """Return the layers' A stacked and B, in ``dtype``: at most one launch."""
+    single = len(lora_as) == 1
+    one_dtype = True
+    for lora_a, lora_b in zip(lora_as, lora_bs, strict=True):
         one_dtype = one_dtype and lora_a.dtype == lora_b.dtype == dtype
     if one_dtype:
-        return weights, biases, a_parts[0] if len(layers) == 1 else torch.cat(a_parts), b_parts
-    ranks = [part.shape[0] for part in a_parts]
-    stacked = a_parts[0].new_empty(sum(ranks), a_parts[0].shape[1], dtype=dtype)
-    lora_bs = [torch.empty_like(part, dtype=dtype) for part in b_parts]
-    a_copies = [stacked] if len(ranks) == 1 else stacked.split_with_sizes(ranks)
-    torch._foreach_copy_([*a_copies, *lora_bs], a_parts + b_parts)
-    return weights, biases, stacked, lora_bs
+        return lora_as[0] if single else torch.cat(list(lora_as)), lora_bs
+    ranks = [part.shape[0] for part in lora_as]
+    stacked = lora_as[0].new_empty(sum(ranks), lora_as[0].shape[1], dtype=dtype)
+    copies = [torch.empty_like(part, dtype=dtype, memory_format=torch.contiguous_format) for part in lora_bs]
+    copy_cast([*([stacked] if single else stacked.split_with_sizes(ranks)), *copies], [*lora_as, *lora_bs])
+    return stacked, copies
 
 
 def forward(

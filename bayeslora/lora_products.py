@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._backend import uses_triton
@@ -18,6 +18,7 @@ from .kernels import lora_linear_twin
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
 _HALF = (torch.bfloat16, torch.float16)
+_PLAIN = (Tensor, nn.Parameter)
 _KERNEL_ROWS = 4096  # below, a launch of ours costs the host more than it saves the GPU (bench/NOTES.md)
 _CAPTURED_ROWS = 1024  # the same in a CUDA graph, where the host does not count
 
@@ -25,6 +26,20 @@ _CAPTURED_ROWS = 1024  # the same in a CUDA graph, where the host does not count
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``tensor.to(dtype)`` without the call where there is nothing to do: this is host-bound code."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def copy_cast(outs: list[Tensor], sources: list[Tensor]) -> None:
+    """Write every source into its out, contiguous and of its size, in the out's dtype: as a rule one launch.
+
+    torch's own launch takes a block for 65,536 elements, which is one or two for an adapter's matrix.
+    """
+    if uses_triton(outs[0].device):
+        from .kernels import lora_casts
+
+        few = len(outs) <= lora_casts.MOST
+        if few and all(type(source) in _PLAIN and source.is_contiguous() for source in sources):
+            return lora_casts.copy_cast(outs, sources)
+    torch._foreach_copy_(outs, sources)
 
 
 def dropout_ops(x: Tensor) -> ModuleType:

@@ -17,7 +17,15 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver as runtime_driver
 
-from bayeslora.kernels import ivon, lora_linear, lora_overlap, lora_perturbed, lora_skinny, monteclora
+from bayeslora.kernels import (
+    ivon,
+    lora_casts,
+    lora_linear,
+    lora_overlap,
+    lora_perturbed,
+    lora_skinny,
+    monteclora,
+)
 from bayeslora.kernels.monteclora_plan import PerturbPlan, Site
 from bayeslora.kernels.param_bucket import ParamBucket
 
@@ -55,6 +63,13 @@ def samplers() -> None:
     x = torch.zeros(64, 32, dtype=BF16)
     lora_linear.dropout(x, 0.1, torch.tensor(3))
     lora_linear.dropout_add_(x, x, 0.1, torch.tensor(3))
+
+
+def casts() -> None:
+    """Adapters' casts: one pair, and the most."""
+    for pairs in (1, lora_casts.MOST):
+        sources = [torch.zeros(16, 96) for _ in range(pairs)]
+        lora_casts.copy_cast([torch.empty_like(source, dtype=BF16) for source in sources], sources)
 
 
 def perturbed() -> None:

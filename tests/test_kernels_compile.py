@@ -11,6 +11,7 @@ TESTS = Path(__file__).parent
 KERNELS = {
     "optimizer": {"ivon_sample_kernel", "ivon_fold_kernel", "ivon_check_kernel", "ivon_step_kernel"},
     "samplers": {"_log_gamma_kernel", "_perturb_kernel", "_coefficient_gradient_kernel", "_dropout_kernel"},
+    "casts": {"_cast_kernel"},
     "perturbed": {
         "_perturbed_down_kernel",
         "_perturbed_up_kernel",
@@ -28,6 +29,7 @@ KERNELS = {
 }
 CASES = [
     *((90, name) for name in KERNELS),
+    (80, "casts"),
     (80, "perturbed"),  # A100
     (89, "perturbed"),  # RTX 40, with RTX 30's and 50's shared memory; "layers" is Hopper's alone
 ]
