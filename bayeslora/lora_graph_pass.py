@@ -15,7 +15,7 @@ mask of its own), gradients not all wanted, A or dy of several dtypes, operands 
 forward node, a dy that depends on another of the nodes, dx's that anything but their sum reads. So do nodes
 that are far apart, as cross attention's k and v of several blocks, which read one tensor too: their outputs
 and gradients would wait for each other in memory. Inductor alone runs such passes; other backends compile a
-node a layer.
+node a layer. Afterwards ``lora_cast_pass.py`` goes over the same graph.
 """
 
 import operator
@@ -28,7 +28,8 @@ from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from . import lora_ops
+from . import lora_cast_pass, lora_ops
+from .lora_cast_pass import cast_once
 
 _FORWARD = torch.ops.bayeslora.lora_linear.default
 _BACKWARD = torch.ops.bayeslora.lora_linear_backward.default
@@ -45,10 +46,11 @@ class LoraGroupPass(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         """Go over a graph that inductor is about to compile."""
         group_layers(graph)
+        cast_once(graph)
 
     def uuid(self) -> Any:
         """Return what tells one version of the pass from another."""
-        return get_hash_for_files((__file__, lora_ops.__file__))
+        return get_hash_for_files((__file__, lora_cast_pass.__file__, lora_ops.__file__))
 
 
 def install() -> None:
@@ -88,12 +90,16 @@ def _alike(layers: Sequence[fx.Node]) -> list[list[fx.Node]]:
 
 def _key(node: fx.Node) -> Any:
     """Return what nodes of a group have in common, or None for a node that joins none."""
-    if node.kwargs or any(user.target is not operator.getitem for user in node.users):
+    if (
+        node.kwargs
+        or node.args[-1] is not None
+        or any(user.target is not operator.getitem for user in node.users)
+    ):
         return None
     if node.target is _FORWARD:
-        x, _, _, _, _, scaling, dropout_p, seed, dtype = node.args
+        x, _, _, _, _, scaling, dropout_p, seed, dtype, _ = node.args
         return None if dropout_p or seed is not None else (x, scaling, dtype)
-    dy, x, _, _, _, _, scaling, dropout_p, seed, needs_x, *needs = node.args
+    dy, x, _, _, _, _, scaling, dropout_p, seed, needs_x, *needs, _ = node.args
     if dropout_p or seed is not None or not all(needs):
         return None
     return x, scaling, needs_x, node.meta["val"][1].dtype, dy.meta["val"].dtype  # type: ignore[union-attr]
@@ -150,14 +156,14 @@ def _join_forward(graph: fx.Graph, nodes: list[fx.Node], order: Order) -> bool:
     nodes = [node for node in nodes if all(order[operand] < order[first] for operand in node.all_input_nodes)]
     if len(nodes) < 2 or any(_takes_twice(node) for node in nodes):
         return False
-    x, _, _, _, _, scaling, _, _, dtype = first.args
+    x, _, _, _, _, scaling, _, _, dtype, _ = first.args
     weights, biases, lora_as, lora_bs = (
         list(column) for column in zip(*(n.args[1:5] for n in nodes), strict=True)
     )
     with graph.inserting_before(first):
         group = graph.call_function(
             torch.ops.bayeslora.lora_linear_group.default,
-            (x, weights, biases, lora_as, lora_bs, scaling, dtype),
+            (x, weights, biases, lora_as, lora_bs, scaling, dtype, None),
         )
     ys, hidden = zip(*(node.meta["val"] for node in nodes), strict=True)
     outputs = _outputs(graph, group, [*ys, _joined(hidden, 1)])
@@ -190,7 +196,7 @@ def _join_backward(graph: fx.Graph, nodes: list[fx.Node], order: Order) -> bool:
     with graph.inserting_before(last):
         group = graph.call_function(
             torch.ops.bayeslora.lora_linear_group_backward.default,
-            (dys, last.args[1], weights, lora_as, lora_bs, hidden, last.args[6], needs_x),
+            (dys, last.args[1], weights, lora_as, lora_bs, hidden, last.args[6], needs_x, None),
         )
     _, das, dbs = zip(*(node.meta["val"] for node in nodes), strict=True)
     dx, da, *outputs = _outputs(graph, group, [last.meta["val"][0], _joined(das, 0), *dbs])

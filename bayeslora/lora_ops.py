@@ -3,8 +3,10 @@
 ``bayeslora::lora_linear`` and ``bayeslora::lora_linear_backward`` are ``forward`` and ``backward`` of
 ``lora_passes.py`` for one layer, with shapes for tracing and the one as the other's gradient. The same of
 several layers that read one tensor, ``bayeslora::lora_linear_group`` and its ``_backward``, stand in graphs
-that ``lora_graph_pass.py`` has gone over. Eager code does not come here: calling a registered operator costs
-more host time than the autograd function.
+that ``lora_graph_pass.py`` has gone over. There ``bayeslora::cast_adapters`` casts A and B of all layers, and
+every operator gets its own as ``adapters``: A stacked, then each B, in the dtype of the computation.
+
+Eager code does not come here: calling a registered operator costs more host time than the autograd function.
 """
 
 import math
@@ -14,12 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lora_passes import Layer, LoraWeights, Needs, Saved, backward, cast_adapters, forward
+from .lora_passes import Adapters, Layer, LoraWeights, Needs, Saved, backward, cast_adapters, forward
 from .lora_products import cast
 from .operators import operator
 
 
-@operator("lora_linear")
+def _given(adapters: Sequence[Tensor] | None) -> Adapters | None:
+    return None if adapters is None else (adapters[0], adapters[1:])
+
+
+@operator(
+    "lora_linear",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, float scaling, float dropout_p, "
+    "Tensor? seed, ScalarType dtype, Tensor[]? adapters) -> (Tensor, Tensor)",
+)
 def _lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -30,10 +40,11 @@ def _lora_linear(
     dropout_p: float,
     seed: Tensor | None,
     dtype: torch.dtype,
+    adapters: Sequence[Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
     """Return y ``(..., N)`` and h ``(M, r)``, in ``dtype``."""
     layer = LoraWeights(weight, bias, lora_a, lora_b)
-    (y,), _, hidden, _, _ = forward(x, (layer,), scaling, dropout_p, seed, dtype)
+    (y,), _, hidden, _, _ = forward(x, (layer,), scaling, dropout_p, seed, dtype, _given(adapters))
     return y, hidden
 
 
@@ -48,13 +59,19 @@ def _(
     dropout_p: float,
     seed: Tensor | None,
     dtype: torch.dtype,
+    adapters: Sequence[Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
     leading = x.shape[:-1]
     y = x.new_empty(*leading, weight.shape[0], dtype=dtype)
     return y, x.new_empty(math.prod(leading), lora_a.shape[0], dtype=dtype)
 
 
-@operator("lora_linear_backward")
+@operator(
+    "lora_linear_backward",
+    "(Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor hidden, float scaling, "
+    "float dropout_p, Tensor? seed, bool needs_x, bool needs_a, bool needs_b, Tensor[]? adapters) "
+    "-> (Tensor, Tensor, Tensor)",
+)
 def _lora_linear_backward(
     dy: Tensor,
     x: Tensor,
@@ -68,11 +85,13 @@ def _lora_linear_backward(
     needs_x: bool,
     needs_a: bool,
     needs_b: bool,
+    adapters: Sequence[Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dx, dA and dB; an empty tensor for each that is not needed."""
     dtype = dy.dtype
     flat = cast(x, dtype).reshape(-1, x.shape[-1])
-    saved = Saved(flat, hidden, seed, *cast_adapters([lora_a], [lora_b], dtype), [weight])
+    both = _given(adapters) or cast_adapters([lora_a], [lora_b], dtype)
+    saved = Saved(flat, hidden, seed, *both, [weight])
     needs = Needs(needs_x, [needs_a], [needs_b])
     dtypes = [(lora_a.dtype, lora_b.dtype)]
     with torch.autocast(dy.device.type, enabled=False):
@@ -98,13 +117,14 @@ def _(
     needs_x: bool,
     needs_a: bool,
     needs_b: bool,
+    adapters: Sequence[Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     wanted = ((x, needs_x), (lora_a, needs_a), (lora_b, needs_b))
     return tuple(t.new_empty(t.shape if needed else (0,)) for t, needed in wanted)  # type: ignore[return-value]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, _, lora_a, lora_b, scaling, dropout_p, seed, _ = inputs
+    x, weight, _, lora_a, lora_b, scaling, dropout_p, seed, *_ = inputs
     ctx.save_for_backward(x, weight, lora_a, lora_b, output[1], seed)
     ctx.set_materialize_grads(False)
     ctx.scaling, ctx.dropout_p = scaling, dropout_p
@@ -112,7 +132,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, dy: Tensor | None, _dh: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 9
+        return (None,) * 10
     x, weight, lora_a, lora_b, hidden, seed = ctx.saved_tensors
     needs_x, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
     dx, da, db = _lora_linear_backward(
@@ -128,9 +148,10 @@ def _backward(ctx: Any, dy: Tensor | None, _dh: Tensor | None) -> tuple[Tensor |
         needs_x,
         needs_a,
         needs_b,
+        None,
     )
     gradients = (dx if needs_x else None, None, None, da if needs_a else None, db if needs_b else None)
-    return *gradients, None, None, None, None
+    return *gradients, None, None, None, None, None
 
 
 torch.library.register_autograd("bayeslora::lora_linear", _backward, setup_context=_setup_context)
@@ -139,7 +160,7 @@ torch.library.register_autograd("bayeslora::lora_linear", _backward, setup_conte
 @operator(
     "lora_linear_group",
     "(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] lora_as, Tensor[] lora_bs, "
-    "float scaling, ScalarType dtype) -> Tensor[]",
+    "float scaling, ScalarType dtype, Tensor[]? adapters) -> Tensor[]",
 )
 def _lora_linear_group(
     x: Tensor,
@@ -149,10 +170,11 @@ def _lora_linear_group(
     lora_bs: Sequence[Tensor],
     scaling: float,
     dtype: torch.dtype,
+    adapters: Sequence[Tensor] | None,
 ) -> list[Tensor]:
     """Return every layer's y as `_lora_linear` without dropout, then their h side by side ``(M, Σr)``."""
     layers = [LoraWeights(*parts) for parts in zip(weights, biases, lora_as, lora_bs, strict=True)]
-    ys, _, hidden, _, _ = forward(x, layers, scaling, 0.0, None, dtype)
+    ys, _, hidden, _, _ = forward(x, layers, scaling, 0.0, None, dtype, _given(adapters))
     return [*ys, hidden]
 
 
@@ -165,6 +187,7 @@ def _(
     lora_bs: Sequence[Tensor],
     scaling: float,
     dtype: torch.dtype,
+    adapters: Sequence[Tensor] | None,
 ) -> list[Tensor]:
     leading = x.shape[:-1]
     ys = [x.new_empty(*leading, weight.shape[0], dtype=dtype) for weight in weights]
@@ -175,7 +198,7 @@ def _(
 @operator(
     "lora_linear_group_backward",
     "(Tensor[] dys, Tensor x, Tensor[] weights, Tensor[] lora_as, Tensor[] lora_bs, Tensor[] hidden, "
-    "float scaling, bool needs_x) -> Tensor[]",
+    "float scaling, bool needs_x, Tensor[]? adapters) -> Tensor[]",
 )
 def _lora_linear_group_backward(
     dys: Sequence[Tensor],
@@ -186,6 +209,7 @@ def _lora_linear_group_backward(
     hidden: Sequence[Tensor],
     scaling: float,
     needs_x: bool,
+    adapters: Sequence[Tensor] | None,
 ) -> list[Tensor]:
     """Return dx (empty where it is not needed), summed over the layers; dA ``(Σr, K)``; every dB.
 
@@ -193,8 +217,8 @@ def _lora_linear_group_backward(
     """
     dtype, wanted = dys[0].dtype, [True] * len(dys)
     flat = cast(x, dtype).reshape(-1, x.shape[-1])
-    adapters = cast_adapters(lora_as, lora_bs, dtype)
-    saved = Saved(flat, _joined(hidden, 1), None, *adapters, weights)
+    both = _given(adapters) or cast_adapters(lora_as, lora_bs, dtype)
+    saved = Saved(flat, _joined(hidden, 1), None, *both, weights)
     dtypes = [(a.dtype, b.dtype) for a, b in zip(lora_as, lora_bs, strict=True)]
     with torch.autocast(dys[0].device.type, enabled=False):
         dx, das, dbs = backward(dys, saved, Needs(needs_x, wanted, wanted), dtypes, scaling, 0.0)
@@ -231,14 +255,41 @@ def _(
     hidden: Sequence[Tensor],
     scaling: float,
     needs_x: bool,
+    adapters: Sequence[Tensor] | None,
 ) -> list[Tensor]:
     dx = x.new_empty(x.shape if needs_x else (0,))
     da = lora_as[0].new_empty(sum(lora_a.shape[0] for lora_a in lora_as), x.shape[-1])
     return [dx, da, *(lora_b.new_empty(lora_b.shape) for lora_b in lora_bs)]
 
 
+@operator("cast_adapters", "(Tensor[] sources, int[] counts, ScalarType dtype) -> Tensor[]")
+def _cast_adapters(sources: Sequence[Tensor], counts: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+    """Return matrices in ``dtype``, each the next ``counts[i]`` sources one below the other; few launches."""
+    outs: list[Tensor] = []
+    copies: list[Tensor] = []
+    first = 0
+    for count in counts:
+        parts = sources[first : first + count]
+        rows = [part.shape[0] for part in parts]
+        outs.append(parts[0].new_empty(sum(rows), parts[0].shape[1], dtype=dtype))
+        copies += outs[-1].split_with_sizes(rows)
+        first += count
+    torch._foreach_copy_(copies, list(sources))
+    return outs
+
+
+@torch.library.register_fake("bayeslora::cast_adapters")
+def _(sources: Sequence[Tensor], counts: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+    outs, first = [], 0
+    for count in counts:
+        parts = sources[first : first + count]
+        outs.append(parts[0].new_empty(sum(p.shape[0] for p in parts), parts[0].shape[1], dtype=dtype))
+        first += count
+    return outs
+
+
 def compiled_lora_linear(
     x: Tensor, layer: Layer, scaling: float, dropout_p: float, seed: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """Apply one layer as an operator; arguments are checked by the caller."""
-    return _lora_linear(x, *layer, float(scaling), dropout_p, seed, dtype)[0]
+    return _lora_linear(x, *layer, float(scaling), dropout_p, seed, dtype, None)[0]

@@ -36,11 +36,15 @@ Layer = LoraWeights | tuple[Tensor, Tensor | None, Tensor, Tensor]
 """The tensors of one layer as the passes take them: only ever unpacked."""
 
 
-def operands(
-    layers: Sequence[Layer], dtype: torch.dtype
+Adapters = tuple[Tensor, Sequence[Tensor]]
+"""The layers' A stacked, ``(R, K)``, and each one's B, in the dtype of the computation."""
+
+
+def _operands(
+    layers: Sequence[Layer], dtype: torch.dtype, adapters: Adapters | None
 ) -> tuple[Sequence[Tensor], Sequence[Tensor | None], Tensor, Sequence[Tensor]]:
     """Return the layers' weights, biases, A stacked and B in ``dtype``: at most one launch for A and B."""
-    if len(layers) == 1:
+    if len(layers) == 1 and adapters is None:
         ((weight, bias, lora_a, lora_b),) = layers
         if weight.dtype == lora_a.dtype == lora_b.dtype == dtype and (bias is None or bias.dtype == dtype):
             return (weight,), (bias,), lora_a, (lora_b,)
@@ -50,12 +54,10 @@ def operands(
         biases.append(None if bias is None else cast(bias, dtype))
         a_parts.append(lora_a)
         b_parts.append(lora_b)
-    return weights, biases, *cast_adapters(a_parts, b_parts, dtype)
+    return weights, biases, *(adapters or cast_adapters(a_parts, b_parts, dtype))
 
 
-def cast_adapters(
-    lora_as: Sequence[Tensor], lora_bs: Sequence[Tensor], dtype: torch.dtype
-) -> tuple[Tensor, Sequence[Tensor]]:
+def cast_adapters(lora_as: Sequence[Tensor], lora_bs: Sequence[Tensor], dtype: torch.dtype) -> Adapters:
     """Return the layers' A stacked and B, in ``dtype``: at most one launch."""
     single = len(lora_as) == 1
     one_dtype = True
@@ -77,8 +79,11 @@ def forward(
     dropout_p: float,
     seed: Tensor | None,
     dtype: torch.dtype,
+    adapters: Adapters | None = None,
 ) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor, Sequence[Tensor]]:
     """Compute every layer's output ``(..., Nᵢ)`` from x ``(..., K)``, in ``dtype``.
+
+    ``adapters`` are what `cast_adapters` returns of the layers' A and B, from a caller that has them.
 
     Returns:
         The outputs, none of which is a view, as autograd counts; and what a backward may need, all in
@@ -89,7 +94,7 @@ def forward(
     x = x.contiguous()
     *leading, k = x.shape
     flat = x if len(leading) == 1 else x.view(-1, k)
-    weights, biases, lora_a, lora_bs = operands(layers, dtype)
+    weights, biases, lora_a, lora_bs = _operands(layers, dtype, adapters)
     route = kernel_route("forward", flat, weights, lora_a.shape[0]) if seed is None else None
     if route is not None:
         from .kernels.lora_layer import lora_forward

@@ -31,9 +31,10 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def copy_cast(outs: list[Tensor], sources: list[Tensor]) -> None:
     """Write every source into its out, contiguous and of its size, in the out's dtype: as a rule one launch.
 
-    torch's own launch takes a block for 65,536 elements, which is one or two for an adapter's matrix.
+    torch's launch takes a block for 65,536 elements, one or two a matrix of an adapter, and ours costs the
+    host more: it serves while a CUDA graph is recorded.
     """
-    if uses_triton(outs[0].device):
+    if uses_triton(outs[0].device) and torch.cuda.is_current_stream_capturing():
         from .kernels import lora_casts
 
         few = len(outs) <= lora_casts.MOST

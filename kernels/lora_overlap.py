@@ -32,7 +32,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .launch import Launcher, Plans, cdiv
 from .lora_gemm import Tiles, fits_tma, gemm_tma, padded_rank, rows_fit
-from .lora_skinny import RowTiles, sum_parts, xa_triton
+from .lora_skinny import RowTiles, sum_parts, xa_triton, xas_triton
 
 _MAX_ROWS = 2048  # in one fp32 accumulator: tensor cores truncate, and their error grows with its length
 MAX_RANK = 64  # wider ranks leave the GEMM's neighbours no room
@@ -326,8 +326,9 @@ def backward_overlapped(
         factors = [(dy, weight.t()) for dy, weight in zip(dys, weights, strict=True)]
         if not (fits_overlap(factors, dx, total) and rows_fit(x)):
             return False
-        for dy, lora_b, own in zip(dys, lora_bs, parts_of_dh, strict=True):
-            xa_triton(dy, lora_b.t(), scale, _row_tiles(lora_b.shape[1]), overlap, own)
+        pairs = [(dy, lora_b.t()) for dy, lora_b in zip(dys, lora_bs, strict=True)]
+        widest = max(lora_b.shape[1] for lora_b in lora_bs)
+        xas_triton(pairs, scale, _row_tiles(widest), tiles.programs, parts_of_dh, overlap)
         gemm_tma(factors, None, dh, lora_a.t(), dx, _GEMM_TILES, overlap)
         launch_tall(tall, tiles, overlap)
         return True

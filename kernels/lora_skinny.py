@@ -8,6 +8,8 @@ Equation, r at most a few hundred, M rows::
 
 These products move bytes; their arithmetic is nothing. Bytes with b an element: b M K, b M N, b M K,
 where cuBLAS's calls move b M K, 2 b M N, b M K and reach less of the bandwidth.
+Layers that share x have a dh each, made by one launch (`_skinny_xas_kernel`): M rows of one alone leave half
+of a GPU idle.
 
 Layout. `_skinny_xa_kernel`: a program takes BLOCK_M rows and all K terms, cut into GROUPS parts that its
 warps sum apart and add at the end: no second launch. `_skinny_tall_kernel`: a program takes a range of
@@ -16,6 +18,7 @@ writes per row-block its part of dh; `_sum_parts_kernel` then sums the parts (fp
 Parts of dB: ranges · N r; of dh: N/BLOCK_N · M r. No atomics: same inputs, same bits.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -30,6 +33,7 @@ from .lora_routes import skinny_route
 
 _HALF = (torch.bfloat16, torch.float16)
 _SUM_BLOCK = 512
+_MOST_PAIRS = 3  # q, k and v
 
 
 class RowTiles(NamedTuple):
@@ -53,7 +57,7 @@ class TallTiles(NamedTuple):
 
 
 @triton.jit
-def _skinny_xa_kernel(
+def _xa_rows(
     hidden_ptr,  # [M, rank]
     x_ptr,  # [M, K]
     a_ptr,  # [rank, K]
@@ -66,16 +70,13 @@ def _skinny_xa_kernel(
     stride_ar,
     stride_ak,
     stride_hm,
-    R: tl.constexpr,  # rank rounded up to a power of two >= 16
+    R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUPS: tl.constexpr,
-    EVEN_K: tl.constexpr,  # K is a multiple of BLOCK_K
-    OVERLAP: tl.constexpr,  # let a dependent kernel start at once; it waits for hidden itself
+    EVEN_K: tl.constexpr,
 ):
-    """Write ``scale · x Aᵀ`` for BLOCK_M rows."""
-    if OVERLAP:
-        gdc_launch_dependents()
+    """Write ``scale · x Aᵀ`` for a program's BLOCK_M rows."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     rs = tl.arange(0, R)
     if GROUPS == 1:
@@ -108,6 +109,87 @@ def _skinny_xa_kernel(
     h_ptrs = hidden_ptr + rows[:, None] * stride_hm + rs[None, :]
     out = (acc * scale).to(hidden_ptr.dtype.element_ty)
     tl.store(h_ptrs, out, mask=(rows[:, None] < M) & (rs[None, :] < rank))
+
+
+@triton.jit
+def _skinny_xa_kernel(
+    hidden_ptr,  # [M, rank]
+    x_ptr,  # [M, K]
+    a_ptr,  # [rank, K]
+    scale,
+    M,
+    K,
+    rank,
+    stride_xm,
+    stride_xk,
+    stride_ar,
+    stride_ak,
+    stride_hm,
+    R: tl.constexpr,  # rank rounded up to a power of two >= 16
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUPS: tl.constexpr,
+    EVEN_K: tl.constexpr,  # K is a multiple of BLOCK_K
+    OVERLAP: tl.constexpr,  # let a dependent kernel start at once; it waits for hidden itself
+):
+    """Write ``scale · x Aᵀ`` for BLOCK_M rows."""
+    if OVERLAP:
+        gdc_launch_dependents()
+    _xa_rows(
+        hidden_ptr, x_ptr, a_ptr, scale, M, K, rank, stride_xm, stride_xk, stride_ar, stride_ak, stride_hm,
+        R, BLOCK_M, BLOCK_K, GROUPS, EVEN_K,
+    )  # fmt: skip
+
+
+@triton.jit
+def _skinny_xas_kernel(
+    hidden_0,  # [M, rank_0]: columns of one tensor, as the others
+    x_0,  # [M, K_0]
+    a_0,  # [rank_0, K_0]
+    K_0,
+    rank_0,
+    stride_xm_0,
+    stride_ar_0,
+    stride_ak_0,
+    hidden_1,  # the same of a second pair of factors, or None, and of a third
+    x_1,
+    a_1,
+    K_1,
+    rank_1,
+    stride_xm_1,
+    stride_ar_1,
+    stride_ak_1,
+    hidden_2,
+    x_2,
+    a_2,
+    K_2,
+    rank_2,
+    stride_xm_2,
+    stride_ar_2,
+    stride_ak_2,
+    scale,
+    M,
+    stride_hm,
+    PAIRS: tl.constexpr,
+    LANES: tl.constexpr,  # programs that share a row-block: a pair each, the last one all that are left
+    R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """Write ``scale · xᵢ Aᵢᵀ`` of several pairs for BLOCK_M rows; R, EVEN_K and OVERLAP as above."""
+    if OVERLAP:
+        gdc_launch_dependents()
+    hiddens, xs, a_s = (hidden_0, hidden_1, hidden_2), (x_0, x_1, x_2), (a_0, a_1, a_2)
+    Ks, ranks, strides_xm = (K_0, K_1, K_2), (rank_0, rank_1, rank_2), (stride_xm_0, stride_xm_1, stride_xm_2)
+    strides_ar, strides_ak = (stride_ar_0, stride_ar_1, stride_ar_2), (stride_ak_0, stride_ak_1, stride_ak_2)
+    for pair in tl.static_range(PAIRS):
+        if tl.program_id(1) == min(pair, LANES - 1):
+            _xa_rows(
+                hiddens[pair], xs[pair], a_s[pair], scale, M, Ks[pair], ranks[pair], strides_xm[pair], 1,
+                strides_ar[pair], strides_ak[pair], stride_hm, R, BLOCK_M, BLOCK_K, 1, EVEN_K,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -208,6 +290,17 @@ def _xa_launcher(tiles: RowTiles, rank: int, even_k: bool, overlap: bool) -> Lau
 
 
 @cache
+def _xas_launcher(
+    tiles: RowTiles, pairs: int, lanes: int, rank: int, even_k: bool, overlap: bool
+) -> Launcher:
+    constants = {
+        "PAIRS": pairs, "LANES": lanes, "R": rank, "BLOCK_M": tiles.block_m, "BLOCK_K": tiles.block_k,
+        "EVEN_K": even_k, "OVERLAP": overlap,
+    }  # fmt: skip
+    return Launcher(_skinny_xas_kernel, constants, num_warps=tiles.warps, num_stages=tiles.stages)
+
+
+@cache
 def _tall_launcher(tiles: TallTiles, rank: int, with_dh: bool) -> Launcher:
     constants = {
         "WITH_DH": with_dh, "TRANSPOSED": not with_dh, "R": rank, "BLOCK_M": tiles.block_m,
@@ -265,6 +358,37 @@ def xa_triton(
         hidden, x, a, scale, m, k, r, *x.stride(), *a.stride(), hidden.stride(0),
     )  # fmt: skip
     return hidden
+
+
+def xas_triton(
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    scale: float,
+    tiles: RowTiles,
+    programs: int,
+    outs: Sequence[Tensor],
+    overlap: bool = False,
+) -> None:
+    """Write ``scale · xᵢ Aᵢᵀ`` of one to three pairs: one launch.
+
+    Args:
+        pairs: ``(M, Kᵢ)``, rows contiguous, and ``(rᵢ, Kᵢ)``, any strides.
+        scale: factor of the results.
+        tiles: of `_skinny_xas_kernel`, ``groups`` 1.
+        programs: that run at a time; with fewer row-blocks than that, pairs get programs of their own.
+        outs: ``(M, rᵢ)`` each, columns of one tensor.
+        overlap: as for `lora_gemm.gemm_tma`.
+    """
+    m = pairs[0][0].shape[0]
+    row_blocks = cdiv(m, tiles.block_m)
+    lanes = max(1, min(len(pairs), programs // row_blocks))
+    args: list[Tensor | int | None] = []
+    for (x, a), out in zip(pairs, outs, strict=True):
+        args += (out, x, a, x.shape[1], a.shape[0], x.stride(0), *a.stride())
+    args += (None,) * (8 * (_MOST_PAIRS - len(pairs)))
+    rank = max(_padded_rank(a.shape[0]) for _, a in pairs)
+    even_k = all(x.shape[1] % tiles.block_k == 0 for x, _ in pairs)
+    launch = _xas_launcher(tiles, len(pairs), lanes, rank, even_k, overlap)
+    launch((row_blocks, lanes), *args, scale, m, outs[0].stride(0))
 
 
 def _tall(

@@ -91,8 +91,13 @@ def layers() -> None:
         y, b0 = torch.empty_like(x), torch.zeros(512, dtype=BF16) if bias else None
         hidden = lora_overlap.forward_overlapped(x, [(w, b0, b)], a, 2.0, [y])
         assert hidden is not None
-        found = lora_overlap.backward_overlapped([y], x, [w], hidden, a, [b], 2.0, torch.float32, y)
-        assert found is not None
+        dx = torch.empty_like(x)
+        for n in (1, 3) if 3 * rank <= lora_overlap.MAX_RANK else (1,):
+            stacked, columns, rows = torch.cat([a] * n), torch.cat([hidden] * n, dim=1), [y] * n
+            found = lora_overlap.backward_overlapped(
+                rows, x, [w] * n, columns, stacked, [b] * n, 2.0, torch.float32, dx
+            )
+            assert found is not None
         tiles = lora_skinny.TallTiles(64, 128, 4, 2, 132)
         lora_skinny.dy_triton(y, hidden, b, 2.0, torch.float32, tiles)
         lora_skinny.da_triton(hidden, x, torch.float32, tiles)

@@ -22,6 +22,7 @@ KERNELS = {
     "layers": {
         "_lora_gemm_kernel",
         "_skinny_xa_kernel",
+        "_skinny_xas_kernel",
         "_skinny_tall_kernel",
         "_tall_pair_kernel",
         "_sum_parts_kernel",

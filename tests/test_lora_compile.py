@@ -164,6 +164,7 @@ def test_the_registered_operators_keep_their_promises(needed, dropout_p, adapter
         dropout_p,
         torch.tensor(5, device=device) if dropout_p else None,
         torch.float32,
+        None,
     )
     # fp64 gradients of fp32 products; a gradient that opcheck expands takes other products than a dense one
     torch.library.opcheck(lora_ops._lora_linear, arguments, rtol=1e-5, atol=1e-6)

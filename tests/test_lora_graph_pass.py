@@ -18,6 +18,7 @@ GROUPED = (
     torch.ops.bayeslora.lora_linear_group.default,
     torch.ops.bayeslora.lora_linear_group_backward.default,
 )
+CAST = torch.ops.bayeslora.cast_adapters.default
 SINGLE = (torch.ops.bayeslora.lora_linear.default, torch.ops.bayeslora.lora_linear_backward.default)
 
 
@@ -63,17 +64,19 @@ class Counted:
     """A compiler that runs the pass, and counts the nodes before and after."""
 
     def __init__(self, passes=True):
-        self.passes, self.nodes = passes, []
+        self.passes, self.nodes, self.ready = passes, [], 0
         self.backend = aot_autograd(
             fw_compiler=self.compile, partition_fn=min_cut_rematerialization_partition
         )
 
     def compile(self, graph_module, _inputs):
         if self.passes:
-            lora_graph_pass.group_layers(graph_module.graph)
+            lora_graph_pass.LoraGroupPass()(graph_module.graph)
             graph_module.recompile()
         targets = [node.target for node in graph_module.graph.nodes]
-        self.nodes.append({target: targets.count(target) for target in (*SINGLE, *GROUPED)})
+        self.nodes.append({target: targets.count(target) for target in (*SINGLE, *GROUPED, CAST)})
+        layers = (node for node in graph_module.graph.nodes if node.target in (*SINGLE, *GROUPED))
+        self.ready += sum(node.args[-1] is not None for node in layers)
         return make_boxed_func(graph_module.forward)
 
 
@@ -101,6 +104,8 @@ def test_groups_of_a_model_compute_what_their_layers_do(how, device, one_node_a_
     forward, backward = ([nodes[kind] for kind in kinds] for kinds in zip(SINGLE, GROUPED, strict=True))
     assert forward == [2 * layers * passes] * 2  # o and down; q, k and v, gate and up
     assert backward == [2 * layers] * 2
+    assert sum(graph[CAST] for graph in counted.nodes) == (2 if how == "fp32 adapters" else 0)
+    assert counted.ready == (sum(forward + backward) if how == "fp32 adapters" else 0)
     assert len(found) == len(expected) == 1 + 14 * layers
     for got, want in zip(found, expected, strict=True):
         assert got.dtype == want.dtype
@@ -117,10 +122,46 @@ def test_a_graph_without_gradients_is_grouped_too(device, one_node_a_layer):
     torch.testing.assert_close(found, expected)
 
 
-def test_layers_with_dropout_stay_apart(device, one_node_a_layer):
+def test_layers_with_dropout_stay_apart_and_share_the_cast(device, one_node_a_layer):
     model, counted = _llama(device, lora_dropout=0.3), Counted()
-    _results(model, torch.compile(model, backend=counted.backend), _tokens(device))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    results = []
+    for each in (Counted(passes=False), counted):
+        torch._dynamo.reset()
+        torch.manual_seed(5)
+        results.append(_results(model, torch.compile(model, backend=each.backend), _tokens(device)))
     assert [sum(nodes[kind] for kind in GROUPED) for nodes in counted.nodes] == [0, 0]
+    assert [nodes[CAST] for nodes in counted.nodes] == [1, 1]
+    assert counted.ready == 28
+    for got, want in zip(*reversed(results), strict=True):
+        assert torch.equal(got, want)
+
+
+def _scaled_adapter(x, weights):
+    """An A that the graph computes: its layer casts for itself, whichever it is."""
+    first, second = ((w, None, a, b) for w, a, b in weights[:2])
+    y = lora_ops.compiled_lora_linear(x, first, 2.0, 0.0, None, torch.float32)
+    computed = (*second[:2], second[2] * 2, second[3])
+    return y * lora_ops.compiled_lora_linear(y @ first[0], computed, 2.0, 0.0, None, torch.float32)
+
+
+def test_adapters_that_are_no_inputs_are_left_to_their_layer(device):
+    weights = _weights(2, device)
+    x = torch.randn(4, 5, generator=torch.Generator().manual_seed(4)).to(device)
+    weights = [(w.float().detach(), a, b) for w, a, b in weights]
+    tensors, results = [t for set_ in weights for t in set_[1:]], []
+    for passes in (False, True):
+        torch._dynamo.reset()
+        counted = Counted(passes)
+        out = torch.compile(_scaled_adapter, backend=counted.backend, fullgraph=True)(x, weights)
+        results.append([out, *torch.autograd.grad(out.square().sum(), tensors)])
+    assert counted.nodes[0][CAST] == 1
+    assert counted.nodes[0][SINGLE[0]] == 2
+    assert counted.ready in (2, 3)  # in the backward graph the product may be an input
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
 
 
 def _weights(count, device):
@@ -254,7 +295,7 @@ def test_only_gradients_that_are_added_and_read_nowhere_else_become_one(how):
 
 
 def _arguments(values, dy):
-    return (dy, *(values[name] for name in ("x", "w", "a", "b", "h")), 2.0, 0.0, None, True, True, True)
+    return (dy, *(values[name] for name in ("x", "w", "a", "b", "h")), 2.0, 0.0, None, True, True, True, None)
 
 
 @pytest.mark.parametrize("needs_x", [False, True])
@@ -269,16 +310,28 @@ def test_the_registered_operators_keep_their_promises(needs_x, adapter_dtype, de
     weights, biases = [tensor(10, n).t() for n in sizes], [tensor(6), None]
     lora_as = [tensor(r, 10, dtype=adapter_dtype) for r in ranks]
     lora_bs = [tensor(n, r, dtype=adapter_dtype) for n, r in zip(sizes, ranks, strict=True)]
-    arguments = (x, weights, biases, lora_as, lora_bs, 1.7, torch.float32)
+    arguments = (x, weights, biases, lora_as, lora_bs, 1.7, torch.float32, None)
     torch.library.opcheck(lora_ops._lora_linear_group, arguments, rtol=1e-5, atol=1e-6)
     hidden = lora_ops._lora_linear_group(*arguments)[2].split(ranks, 1)
     dys = [tensor(2, 3, n) for n in sizes]
     results = []
     for columns in (hidden, [column.contiguous() for column in hidden]):
-        arguments = (dys, x, weights, lora_as, lora_bs, columns, 1.7, needs_x)
+        arguments = (dys, x, weights, lora_as, lora_bs, columns, 1.7, needs_x, None)
         torch.library.opcheck(lora_ops._lora_linear_group_backward, arguments, rtol=1e-5, atol=1e-6)
         results.append(lora_ops._lora_linear_group_backward(*arguments))
     torch.testing.assert_close(*results, rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_adapters_of_a_graph_are_cast_and_stacked(dtype, device):
+    draw = torch.Generator().manual_seed(6)
+    sources = [
+        torch.randn(rows, columns, generator=draw).to(device) for rows, columns in ((2, 5), (3, 5), (4, 2))
+    ]
+    torch.library.opcheck(lora_ops._cast_adapters, (sources, [2, 1], dtype))
+    stacked, single = lora_ops._cast_adapters(sources, [2, 1], dtype)
+    assert torch.equal(stacked, torch.cat(sources[:2]).to(dtype))
+    assert torch.equal(single, sources[2].to(dtype))
 
 
 @pytest.mark.parametrize("dim", [0, 1])

@@ -47,6 +47,25 @@ def test_xa_writes_the_columns_it_is_given(overlap, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("programs", [1, 6, 100])  # one, two and three programs a row-block
+@pytest.mark.parametrize("widths", [(40,), (72, 24), (128, 40, 63), (64, 64, 128)], ids=str)
+def test_several_pairs_in_one_launch(widths, programs, dtype, device):
+    ranks, m = (3, 16, 8)[: len(widths)], 150
+    xs = [draw(m, k, dtype=dtype, device=device) for k in widths]
+    as_ = [draw(r, k, dtype=dtype, device=device) for r, k in zip(ranks, widths, strict=True)]
+    as_[-1] = as_[-1].t().contiguous().t()
+    buffer = torch.full((m, 32), 7.0, dtype=dtype, device=device)
+    outs = buffer[:, 2 : 2 + sum(ranks)].split(ranks, dim=1)
+    pairs = list(zip(xs, as_, strict=True))
+    ops.xas_triton(pairs, 1.7, ops.RowTiles(64, 64, 1, 4, 2), programs, outs)
+    for out, (x, a) in zip(outs, pairs, strict=True):
+        assert error(out, twin.skinny_xa(x.double(), a.double(), 1.7)) <= ROUNDING[dtype]
+        assert torch.equal(out, ops.xa_triton(x, a, 1.7, ops.RowTiles(64, 64, 1, 4, 2)))
+    assert (buffer[:, :2] == 7.0).all()
+    assert (buffer[:, 2 + sum(ranks) :] == 7.0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tiles", TALL, ids=str)
 @pytest.mark.parametrize(("m", "n", "r"), SHAPES)
 def test_one_pass_over_dy(m, n, r, tiles, dtype, device):

@@ -1,0 +1,90 @@
+"""Under inductor: the adapters of all layers are cast once a graph, not in every layer.
+
+fp32 adapters under a bf16 base, PEFT's default, are cast at every call. An operator that does it for itself
+launches a kernel for two to six small matrices, in both directions; `cast_once` goes over a graph that
+``lora_graph_pass.py`` has grouped and has one node, before the first layer, cast all that are inputs of the
+graph: as a rule all there are. What the graph keeps for it is a copy of the adapters in the base's dtype.
+"""
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import lora_ops  # noqa: F401 - registers the operators
+
+_OPS = torch.ops.bayeslora
+_CAST = _OPS.cast_adapters.default
+# Of each operator: where its A, B and dtype stand, the last the dtype itself or dy, which has it.
+_PLACES = {
+    _OPS.lora_linear.default: (3, 4, 8),
+    _OPS.lora_linear_group.default: (3, 4, 6),
+    _OPS.lora_linear_backward.default: (3, 4, 0),
+    _OPS.lora_linear_group_backward.default: (3, 4, 0),
+}
+
+
+def cast_once(graph: fx.Graph) -> int:
+    """Give layers their adapters in the dtype they compute in, in place; return for how many it was done."""
+    layers: dict[torch.dtype, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.target in _PLACES and node.args[-1] is None:
+            dtype = _dtype(node)
+            if _gains(node, dtype):
+                layers.setdefault(dtype, []).append(node)
+    for dtype, nodes in layers.items():
+        _cast(graph, nodes, dtype)
+    if layers:
+        graph.lint()
+    return sum(map(len, layers.values()))
+
+
+def _dtype(node: fx.Node) -> torch.dtype:
+    at = node.args[_PLACES[node.target][2]]  # type: ignore[index]
+    at = at[0] if isinstance(at, Sequence) else at
+    return at.meta["val"].dtype if isinstance(at, fx.Node) else at  # type: ignore[return-value]
+
+
+def _adapters(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Return the nodes of the layers' A and of their B."""
+    at_a, at_b, _ = _PLACES[node.target]  # type: ignore[index]
+    lora_a, lora_b = node.args[at_a], node.args[at_b]
+    if isinstance(lora_a, fx.Node):
+        return [lora_a], [lora_b]  # type: ignore[list-item]
+    return list(lora_a), list(lora_b)  # type: ignore[arg-type]
+
+
+def _gains(node: fx.Node, dtype: torch.dtype) -> bool:
+    """Tell whether a layer would cast, and its adapters are there before the graph starts."""
+    lora_as, lora_bs = _adapters(node)
+    parts = [*lora_as, *lora_bs]
+    inputs = all(part.op == "placeholder" for part in parts)
+    return inputs and any(part.meta["val"].dtype != dtype for part in parts)
+
+
+def _cast(graph: fx.Graph, nodes: Sequence[fx.Node], dtype: torch.dtype) -> None:
+    sources: list[fx.Node] = []
+    counts: list[int] = []
+    values: list[Any] = []
+    for node in nodes:
+        lora_as, lora_bs = _adapters(node)
+        for parts in (lora_as, *([lora_b] for lora_b in lora_bs)):
+            examples = [part.meta["val"] for part in parts]
+            rows = sum(example.shape[0] for example in examples)
+            sources += parts
+            counts.append(len(parts))
+            values.append(examples[0].new_empty(rows, examples[0].shape[1], dtype=dtype))
+    with graph.inserting_before(nodes[0]):
+        whole = graph.call_function(_CAST, (sources, counts, dtype))
+        whole.meta["val"] = values
+        outs = []
+        for i, value in enumerate(values):
+            outs.append(graph.call_function(operator.getitem, (whole, i)))
+            outs[-1].meta["val"] = value
+    first = 0
+    for node in nodes:
+        own = 1 + len(_adapters(node)[1])
+        node.args = (*node.args[:-1], outs[first : first + own])
+        first += own
