@@ -43,7 +43,7 @@ from bayeslora import patch, unpatch
 
 TOLERANCE = 0.05  # roundings of 2^-9 through 28 layers; a wrong term gives 0.5 and more
 ROUNDINGS = 1.5  # of those that PEFT makes itself with bf16 adapters
-ROUNDS = 12 if CUDA else 2
+ROUNDS = 40 if CUDA else 2
 LENGTHS = (512, 256) if CUDA else (16,)
 MODES = ("default", "reduce-overhead")
 WARMUPS = 3

@@ -28,6 +28,7 @@ _SHORT = (
     ("ensemble", "mean"),
     ("laplace", "linear_kfac"),
     ("blob", "samples"),
+    ("peft_monteclora", "mean"),
     ("monteclora", "mean"),
     ("ivon", "mean"),
     ("ivon", "samples"),
