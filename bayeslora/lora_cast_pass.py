@@ -28,13 +28,13 @@ _PLACES = {
 
 def cast_once(graph: fx.Graph) -> int:
     """Give layers their adapters in the dtype they compute in, in place; return for how many it was done."""
-    layers: dict[torch.dtype, list[fx.Node]] = {}
+    layers: dict[tuple[torch.dtype, torch.device], list[fx.Node]] = {}
     for node in graph.nodes:
         if node.target in _PLACES and node.args[-1] is None:
-            dtype = _dtype(node)
+            dtype, (parts, *_) = _dtype(node), _matrices(node)
             if _gains(node, dtype):
-                layers.setdefault(dtype, []).append(node)
-    for dtype, nodes in layers.items():
+                layers.setdefault((dtype, parts[0].meta["val"].device), []).append(node)
+    for (dtype, _), nodes in layers.items():
         _cast(graph, nodes, dtype)
     if layers:
         graph.lint()
@@ -47,44 +47,38 @@ def _dtype(node: fx.Node) -> torch.dtype:
     return at.meta["val"].dtype if isinstance(at, fx.Node) else at  # type: ignore[return-value]
 
 
-def _adapters(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
-    """Return the nodes of the layers' A and of their B."""
+def _matrices(node: fx.Node) -> list[tuple[fx.Node, ...]]:
+    """Return what a layer, or a group, wants in its dtype: its A, to be stacked, and each B."""
     at_a, at_b, _ = _PLACES[node.target]  # type: ignore[index]
-    lora_a, lora_b = node.args[at_a], node.args[at_b]
+    lora_a: Any = node.args[at_a]
+    lora_b: Any = node.args[at_b]
     if isinstance(lora_a, fx.Node):
-        return [lora_a], [lora_b]  # type: ignore[list-item]
-    return list(lora_a), list(lora_b)  # type: ignore[arg-type]
+        return [(lora_a,), (lora_b,)]
+    return [tuple(lora_a), *((part,) for part in lora_b)]
 
 
 def _gains(node: fx.Node, dtype: torch.dtype) -> bool:
     """Tell whether a layer would cast, and its adapters are there before the graph starts."""
-    lora_as, lora_bs = _adapters(node)
-    parts = [*lora_as, *lora_bs]
-    inputs = all(part.op == "placeholder" for part in parts)
-    return inputs and any(part.meta["val"].dtype != dtype for part in parts)
+    adapters = [part for parts in _matrices(node) for part in parts]
+    inputs = all(part.op == "placeholder" for part in adapters)
+    return inputs and any(part.meta["val"].dtype != dtype for part in adapters)
 
 
 def _cast(graph: fx.Graph, nodes: Sequence[fx.Node], dtype: torch.dtype) -> None:
-    sources: list[fx.Node] = []
-    counts: list[int] = []
-    values: list[Any] = []
-    for node in nodes:
-        lora_as, lora_bs = _adapters(node)
-        for parts in (lora_as, *([lora_b] for lora_b in lora_bs)):
-            examples = [part.meta["val"] for part in parts]
-            rows = sum(example.shape[0] for example in examples)
-            sources += parts
-            counts.append(len(parts))
-            values.append(examples[0].new_empty(rows, examples[0].shape[1], dtype=dtype))
+    # Each once: where a backward makes its forward again, both are in one graph.
+    matrices = list(dict.fromkeys(parts for node in nodes for parts in _matrices(node)))
+    values = []
+    for parts in matrices:
+        examples = [part.meta["val"] for part in parts]
+        rows = sum(example.shape[0] for example in examples)
+        values.append(examples[0].new_empty(rows, examples[0].shape[1], dtype=dtype))
     with graph.inserting_before(nodes[0]):
-        whole = graph.call_function(_CAST, (sources, counts, dtype))
+        sources = [part for parts in matrices for part in parts]
+        whole = graph.call_function(_CAST, (sources, [len(parts) for parts in matrices], dtype))
         whole.meta["val"] = values
-        outs = []
-        for i, value in enumerate(values):
-            outs.append(graph.call_function(operator.getitem, (whole, i)))
-            outs[-1].meta["val"] = value
-    first = 0
+        outs = {}
+        for i, parts in enumerate(matrices):
+            outs[parts] = graph.call_function(operator.getitem, (whole, i))
+            outs[parts].meta["val"] = values[i]
     for node in nodes:
-        own = 1 + len(_adapters(node)[1])
-        node.args = (*node.args[:-1], outs[first : first + own])
-        first += own
+        node.args = (*node.args[:-1], [outs[parts] for parts in _matrices(node)])

@@ -64,7 +64,7 @@ class Counted:
     """A compiler that runs the pass, and counts the nodes before and after."""
 
     def __init__(self, passes=True):
-        self.passes, self.nodes, self.ready = passes, [], 0
+        self.passes, self.nodes, self.ready, self.sources = passes, [], 0, []
         self.backend = aot_autograd(
             fw_compiler=self.compile, partition_fn=min_cut_rematerialization_partition
         )
@@ -75,6 +75,7 @@ class Counted:
             graph_module.recompile()
         targets = [node.target for node in graph_module.graph.nodes]
         self.nodes.append({target: targets.count(target) for target in (*SINGLE, *GROUPED, CAST)})
+        self.sources += [len(n.args[0]) for n in graph_module.graph.nodes if n.target is CAST]
         layers = (node for node in graph_module.graph.nodes if node.target in (*SINGLE, *GROUPED))
         self.ready += sum(node.args[-1] is not None for node in layers)
         return make_boxed_func(graph_module.forward)
@@ -145,6 +146,34 @@ def _scaled_adapter(x, weights):
     y = lora_ops.compiled_lora_linear(x, first, 2.0, 0.0, None, torch.float32)
     computed = (*second[:2], second[2] * 2, second[3])
     return y * lora_ops.compiled_lora_linear(y @ first[0], computed, 2.0, 0.0, None, torch.float32)
+
+
+def test_a_backward_that_makes_its_forward_again_casts_each_adapter_once(device):
+    """The forward's layer and the backward's are in one graph then."""
+    weights = [(w.float().detach(), a, b) for w, a, b in _weights(2, device)]
+    x = torch.randn(4, 5, generator=torch.Generator().manual_seed(4)).to(device).requires_grad_()
+    tensors, results = [x, *(t for set_ in weights for t in set_[1:])], []
+
+    def layer(x, set_):
+        return lora_ops.compiled_lora_linear(
+            x, (set_[0], None, *set_[1:]), 2.0, 0.0, None, torch.float32
+        ).sin()
+
+    def function(x, weights):
+        for set_ in weights:
+            x = torch.utils.checkpoint.checkpoint(layer, x, set_, use_reentrant=False) @ weights[0][0]
+        return x
+
+    for passes in (False, True):
+        torch._dynamo.reset()
+        counted = Counted(passes)
+        out = torch.compile(function, backend=counted.backend, fullgraph=True)(x, weights)
+        results.append([out, *torch.autograd.grad(out.square().sum(), tensors)])
+    forward, backward = counted.nodes
+    assert (forward[SINGLE[0]], backward[SINGLE[0]], backward[SINGLE[1]]) == (2, 2, 2)
+    assert counted.sources == [4, 4]
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
 
 
 def test_adapters_that_are_no_inputs_are_left_to_their_layer(device):
