@@ -58,7 +58,7 @@ def _needed(
         hidden if True in needs.b else None,
         seed,
         lora_a if needs.x else None,
-        *(lora_bs if needs.x or needs_a else nothing),
+        *(lora_bs if needs.x or needs_a or len(layers) > 1 else nothing),  # their sizes cut h
         *(weights if needs.x else nothing),
         *(lora_as if needs.x else nothing),
         *(originals if needs.x or needs_a else nothing),

@@ -121,7 +121,10 @@ def _columns(stacked: Tensor, lora_bs: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 class Saved(NamedTuple):
-    """What `backward` reads; a tensor that no needed gradient depends on may be None."""
+    """What `backward` reads; a tensor that no needed gradient depends on may be None.
+
+    Of several layers every B is there: h and dA are cut at their ranks.
+    """
 
     flat: Tensor | None
     hidden: Tensor | None

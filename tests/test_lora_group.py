@@ -349,6 +349,28 @@ def test_a_frozen_member_gets_no_gradient(device):
     _assert_alike(patched, plain, _x(device))
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_a_is_frozen_and_the_input_is_data(dtype, dropout_p, device):
+    """LoRA-FA's first layer: a backward of B alone, which reads no B."""
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator).to(device)
+
+    x, ranks, seed = draw(2, 5, 10), (3, 1, 4), torch.tensor(7, device=device)
+    weights = [draw(n, 10).to(dtype) for n in (12, 6, 9)]
+    lora_as = [draw(r, 10) for r in ranks]
+    lora_bs = [draw(len(w), r).requires_grad_() for w, r in zip(weights, ranks, strict=True)]
+    layers = [(w, None, a, b) for w, a, b in zip(weights, lora_as, lora_bs, strict=True)]
+    dys = [draw(2, 5, len(w)).to(dtype) for w in weights]
+    outputs = apply_layers(x.to(dtype), layers, 2.0, dropout_p, seed if dropout_p else None)
+    found = torch.autograd.grad(outputs, lora_bs, dys)
+    for layer, dy, got in zip(layers, dys, found, strict=True):
+        (alone,) = apply_layers(x.to(dtype), [layer], 2.0, dropout_p, seed if dropout_p else None)
+        torch.testing.assert_close(got, torch.autograd.grad(alone, layer[3], dy)[0], **CLOSE)
+
+
 def test_unused_outputs_are_freed_when_the_call_ends(device, monkeypatch):
     kept = []
 
