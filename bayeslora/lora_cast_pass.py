@@ -67,18 +67,14 @@ def _gains(node: fx.Node, dtype: torch.dtype) -> bool:
 def _cast(graph: fx.Graph, nodes: Sequence[fx.Node], dtype: torch.dtype) -> None:
     # Each once: where a backward makes its forward again, both are in one graph.
     matrices = list(dict.fromkeys(parts for node in nodes for parts in _matrices(node)))
-    values = []
-    for parts in matrices:
-        examples = [part.meta["val"] for part in parts]
-        rows = sum(example.shape[0] for example in examples)
-        values.append(examples[0].new_empty(rows, examples[0].shape[1], dtype=dtype))
+    sources = [part for parts in matrices for part in parts]
+    counts = [len(parts) for parts in matrices]
     with graph.inserting_before(nodes[0]):
-        sources = [part for parts in matrices for part in parts]
-        whole = graph.call_function(_CAST, (sources, [len(parts) for parts in matrices], dtype))
-        whole.meta["val"] = values
+        whole = graph.call_function(_CAST, (sources, counts, dtype))
+        whole.meta["val"] = _CAST([part.meta["val"] for part in sources], counts, dtype)
         outs = {}
         for i, parts in enumerate(matrices):
             outs[parts] = graph.call_function(operator.getitem, (whole, i))
-            outs[parts].meta["val"] = values[i]
+            outs[parts].meta["val"] = whole.meta["val"][i]
     for node in nodes:
         node.args = (*node.args[:-1], [outs[parts] for parts in _matrices(node)])

@@ -11,6 +11,7 @@ Eager code does not come here: calling a registered operator costs more host tim
 
 import math
 from collections.abc import Sequence
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -265,26 +266,19 @@ def _(
 @operator("cast_adapters", "(Tensor[] sources, int[] counts, ScalarType dtype) -> Tensor[]")
 def _cast_adapters(sources: Sequence[Tensor], counts: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
     """Return matrices in ``dtype``, each the next ``counts[i]`` sources one below the other; few launches."""
-    outs: list[Tensor] = []
-    copies: list[Tensor] = []
-    first = 0
-    for count in counts:
-        parts = sources[first : first + count]
-        rows = [part.shape[0] for part in parts]
-        outs.append(parts[0].new_empty(sum(rows), parts[0].shape[1], dtype=dtype))
-        copies += outs[-1].split_with_sizes(rows)
-        first += count
-    torch._foreach_copy_(copies, list(sources))
+    outs = _empty_matrices(sources, counts, dtype)
+    rows = iter([source.shape[0] for source in sources])
+    copies = [out.split_with_sizes(list(islice(rows, n))) for out, n in zip(outs, counts, strict=True)]
+    torch._foreach_copy_(list(chain.from_iterable(copies)), list(sources))
     return outs
 
 
 @torch.library.register_fake("bayeslora::cast_adapters")
-def _(sources: Sequence[Tensor], counts: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
-    outs, first = [], 0
+def _empty_matrices(sources: Sequence[Tensor], counts: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+    outs, left = [], iter(sources)
     for count in counts:
-        parts = sources[first : first + count]
+        parts = list(islice(left, count))
         outs.append(parts[0].new_empty(sum(p.shape[0] for p in parts), parts[0].shape[1], dtype=dtype))
-        first += count
     return outs
 
 
