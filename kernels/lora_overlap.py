@@ -16,8 +16,9 @@ dependent launch lets a kernel start while the one before it on the stream still
 4. the sum of the parts of dA and dB, in order: an ordinary launch.
 
 One stream, no events, four launches backward and two forward. Layers that share x (q, k and v; gate and
-up) share h's launch, the GEMM of dx, whose K loop runs over all their dy, and dA's. Bytes as in
-``lora_skinny.py``, with dy read three times (dh, GEMM, dB); parts of dA and dB: ranges · (N + K) r floats.
+up) share the launch of h, that of their dh, the GEMM of dx, whose K loop runs over all their dy, and dA's.
+Bytes as in ``lora_skinny.py``, with dy read three times (dh, GEMM, dB); parts of dA and dB: ranges ·
+(N + K) r floats.
 """
 
 from collections.abc import Sequence
