@@ -13,8 +13,7 @@ Paper: Cong et al., "Improving LoRA with variational learning" (2025), for pruni
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -23,9 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from bayeslora.posterior_gaussian import GaussianParameter, prune_gaussians
+from bayeslora.posterior_generate import generate
 from bayeslora.posterior_lifecycle import PosteriorLifecycle
-from bayeslora.posterior_predict import check_scale, check_seed, check_seeds, generate, predict
-from bayeslora.posterior_sampling import SampleWriter
+from bayeslora.posterior_order import RowOrders
+from bayeslora.posterior_predict import check_scale, check_seed, check_seeds, predict
+from bayeslora.posterior_sampling import Overwritten, SampleWriter
 from bayeslora.posterior_sweeps import Predictions, Sweep, prune_sweep, variance_sweep
 
 if TYPE_CHECKING:
@@ -53,6 +54,11 @@ class Posterior(PosteriorLifecycle):
         self._writer = SampleWriter()
         self._stds: dict[int, tuple[Any, Tensor]] = {}  # of posterior_batched.py
         self._homes: list[tuple[Any, str]] | None = None  # of posterior_predict.py
+        self._orders = RowOrders()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return the model's parameters that are sampled, by name."""
+        return {name: g.parameter for name, g in self.parameters.items()}
 
     # ---- where it comes from ---------------------------------------------------------------------
 
@@ -151,13 +157,17 @@ class Posterior(PosteriorLifecycle):
 
     # ---- samples ---------------------------------------------------------------------------------
 
-    @contextmanager
     def sample(
         self, seed: int, variance_scale: float = 1.0, *, ess_scale: float | None = None
-    ) -> Iterator[None]:
-        """Put sample ``seed`` into the model's parameters; put back what they held at the end.
+    ) -> Overwritten:
+        """Return a context in which sample ``seed`` is in the model's parameters, in place of what they hold.
 
         θ = m + sqrt(variance_scale) · σ z(seed), cast to each parameter's dtype.
+
+        Another thread that wants a sample in the same model waits; whoever else calls the model meanwhile
+        gets the sample's outputs. What the parameters held is put back bit for bit, also after an interrupt
+        (Ctrl-C) at any moment, and a second one on top. Only where one falls on the very start of leaving the
+        context is it put back as late as the exception is dropped.
 
         Args:
             seed: 64-bit name of the sample.
@@ -165,7 +175,8 @@ class Posterior(PosteriorLifecycle):
             ess_scale: the same as a factor on λ: ``1 / variance_scale``, > 0.
 
         Raises:
-            ValueError: a scale is out of range, or both are given.
+            ValueError: a scale is out of range, or both are given; on entering, the parameters are in memory
+                shared with other processes, which would see the sample.
             TypeError: the seed is not an integer.
 
         Example:
@@ -173,8 +184,9 @@ class Posterior(PosteriorLifecycle):
             ...     logits = posterior.model(tokens).logits
         """
         variance_scale = check_scale(variance_scale, ess_scale)
-        with self._writer.sample(list(self.parameters.values()), check_seed(seed), variance_scale):
-            yield
+        return self._writer.sample(
+            self.model, list(self.parameters.values()), check_seed(seed), variance_scale
+        )
 
     def predict(
         self,
@@ -240,7 +252,7 @@ class Posterior(PosteriorLifecycle):
         *,
         ess_scale: float | None = None,
         seeds: Sequence[int] | None = None,
-        num_return_sequences: int = 1,
+        num_return_sequences: int | None = None,
         batched: bool = True,
         max_batch: int | None = None,
         **settings: Any,
@@ -258,7 +270,8 @@ class Posterior(PosteriorLifecycle):
             variance_scale: factor on the variance, >= 0.
             ess_scale: the same as a factor on λ, > 0.
             seeds: names of the samples, instead of ``seed``.
-            num_return_sequences: k sequences a prompt and sample (with sampling or beams).
+            num_return_sequences: k sequences a prompt and sample (with sampling or beams); None for the
+                generation configuration's, which is 1 as a rule.
             batched: False runs one sample after another.
             max_batch: sequences of one pass, of all samples and beams together; None for no limit.
             settings: passed to transformers' ``generate``; tensors with one row a prompt are repeated.

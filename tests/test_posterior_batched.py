@@ -24,7 +24,8 @@ from transformers import (
 
 from bayeslora import IVON, Posterior, patch, unpatch
 from bayeslora.kernels.lora_perturbed_twin import Perturbation
-from bayeslora.posterior_batched import SLOT, LayerSamples, NotBatched, RowOrder, SampledLayers
+from bayeslora.lora_samples import OPEN, LayerSamples, NotBatched
+from bayeslora.posterior_batched import SampledLayers
 
 PROMPT = torch.randint(3, 50, (2, 5), generator=torch.Generator().manual_seed(0))
 SEEDS = [7, 2**64 - 3, 11]
@@ -96,7 +97,7 @@ def _state(model):
 
 def _unchanged(model, before):
     held = all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-    return held and not any(SLOT in module.__dict__ for module in model.modules())
+    return held and not OPEN.any and not OPEN.by_thread
 
 
 def _lines(caplog):
@@ -120,13 +121,13 @@ def test_predict_is_one_pass_a_sample(kind, caplog):
     batch = {"input_ids": PROMPT, "attention_mask": torch.ones_like(PROMPT)}
     expected = _in_turn(posterior, lambda: model(**batch).logits.softmax(-1))
     assert (expected[0] - expected[1]).abs().max() > 0.05  # samples that differ, or the test sees nothing
-    calls = []
-    model.register_forward_hook(lambda *_: calls.append(1))
+    rows = []
+    model.register_forward_hook(lambda *call: rows.append(len(call[-1].logits)))
     with caplog.at_level(logging.INFO, "bayeslora"):
         found = posterior.predict(batch, seeds=SEEDS, batched=True, average=False)
-    assert len(calls) == 1 and not _lines(caplog)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     averaged = posterior.predict(batch, seeds=SEEDS, batched=True)
+    assert rows == [1, 4, 6, 6] and not _lines(caplog)  # the probe's two passes, once, and a pass each
     torch.testing.assert_close(averaged, expected.mean(0), rtol=1e-4, atol=1e-5)
     assert _unchanged(model, before)
 
@@ -278,6 +279,7 @@ def test_memory_that_runs_out_halves_the_chunk(llama, caplog):
     handle = model.register_forward_pre_hook(refuse, with_kwargs=True)
     try:
         expected = llama.predict({"input_ids": PROMPT}, 5, average=False)
+        llama.predict({"input_ids": PROMPT}, 1, batched=True)
         rows.clear()
         with caplog.at_level(logging.INFO, "bayeslora"):
             found = llama.predict({"input_ids": PROMPT}, 5, batched=True, average=False)
@@ -369,7 +371,7 @@ def test_an_adapter_switched_within_the_pass_is_not_sampled():
     posterior = _of_kind("llama")
     model = posterior.model
     model.add_adapter("other", model.peft_config["default"])
-    with torch.no_grad(), SampledLayers(posterior).active(SEEDS, 1.0, len(SEEDS)):
+    with torch.no_grad(), SampledLayers(posterior).active(SEEDS, 1.0):
         model(input_ids=PROMPT[:1].expand(len(SEEDS), -1))
         model.set_adapter("other")
         with pytest.raises(NotBatched, match="does not serve"):
@@ -488,9 +490,7 @@ def test_a_compiled_model_is_one_graph_and_takes_new_samples(llama):
 def test_samples_are_kept_where_they_are_few_and_their_rows_too(samples, rows, rank, kept):
     a, b = torch.zeros(rank, 64), torch.zeros(64, rank)
     index = torch.zeros(samples, dtype=torch.int64)
-    layer = LayerSamples(
-        "default", a, b, Perturbation(a, b, index, index, 0, 1), torch.float32, RowOrder(samples, samples)
-    )
+    layer = LayerSamples("default", a, b, Perturbation(a, b, index, index, 0, 1), torch.float32)
     assert layer._keeps(torch.zeros(samples, rows, 64), torch.zeros(64, 64)) == kept
 
 
