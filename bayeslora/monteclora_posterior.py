@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -28,7 +29,7 @@ from bayeslora.monteclora_bank import MontecloraBank
 from bayeslora.monteclora_part import Part
 from bayeslora.posterior import Posterior
 from bayeslora.posterior_predict import check_scale, check_seed
-from bayeslora.posterior_sampling import Overwritten
+from bayeslora.posterior_sampling import Overwritten, unshared
 
 _SHAPING = ("estimator", "dirichlet", "perturb", "outer_samples", "sparse")
 _MOMENT_DRAWS = 1024
@@ -84,10 +85,10 @@ class MontecloraPosterior(Posterior):
         variance_scale, seed = check_scale(variance_scale, ess_scale), check_seed(seed)
         bank, paused = self._bank, self._bank.paused
 
-        def tensors() -> list[Tensor]:
+        def tensors() -> Sequence[Tensor]:
             nonlocal paused
             paused = bank.paused
-            return list(self._tensors().values())
+            return unshared(list(self._tensors().values()))
 
         def write() -> None:
             bank.paused = True

@@ -14,19 +14,19 @@ from torch import Tensor, nn
 
 from .lora_samples import NotBatched
 from .posterior_batched import SampledLayers
-from .posterior_order import ByRow, count_rows
+from .posterior_order import SCALARS, ByRow, count_rows
 from .posterior_predict import check_in_use, check_max_batch, in_passes, one_pass_or_in_turn, own_copies
 from .reversible import Inference
 
 if TYPE_CHECKING:
     from .posterior import Posterior
 
-_NOT_REPEATED = ("prefix_allowed_tokens_fn", "assistant_model", "prompt_lookup_num_tokens")
-"""Settings of ``generate`` that count the prompts, or take a single one."""
+_NOT_REPEATED = ("prefix_allowed_tokens_fn", "assistant_model", "prompt_lookup_num_tokens", "custom_generate")
+"""Settings of ``generate`` that count the prompts, take a single one, or are code of their own."""
 
 _PROBE = {
-    "max_new_tokens": 2,
-    "min_new_tokens": 2,
+    "max_length": None,
+    "min_length": None,
     "do_sample": False,
     "temperature": 1.0,
     "top_p": 1.0,
@@ -38,7 +38,7 @@ _PROBE = {
     "return_dict_in_generate": True,
     "output_logits": True,
 }
-"""What a probe generates: the prompt's next token and one more, with the logits as the model gives them."""
+"""How a probe generates the prompt's next token and one more, with the logits as the model gives them."""
 
 _LAYOUT = ("use_cache", "cache_implementation", "guidance_scale")
 """Settings of ``generate`` that change how the model is called."""
@@ -86,11 +86,15 @@ def generate(
             if settings.get(name) is not None:
                 raise NotBatched(f"{name} is for the prompts of one sample")
         by_row = ByRow(given, 2, lambda name, value: name in settings and _serves_all(value))
-        config = copy.deepcopy(settings.get("generation_config") or model.generation_config)
+        config = settings.get("generation_config") or getattr(model, "generation_config", None)
+        if config is None:
+            raise NotBatched("the model has no generation_config")
+        config = copy.deepcopy(config)
         config.update(**{name: value for name, value in settings.items() if hasattr(config, name)})
-        config.update(**_PROBE)
+        steps = 1 if _is_one_token(model, settings, given) else 2
+        config.update(**_PROBE, max_new_tokens=steps, min_new_tokens=steps)
         kind = [value for value in by_row.kind if not hasattr(config, value[0])]
-        kind += [getattr(config, name, None) for name in _LAYOUT]
+        kind += [steps, *(getattr(config, name, None) for name in _LAYOUT)]
 
         def probe(arguments: dict[str, Any]) -> Sequence[Tensor]:
             for name in settings:
@@ -109,7 +113,11 @@ def generate(
         samples = (posterior.sample(seed, variance_scale) for seed in seeds)
         return [sample.run(lambda: of_samples(own_copies(given), 1)) for sample in samples]
 
-    parts = Inference(model).run(lambda: one_pass_or_in_turn(posterior, batched, one_pass, in_turn))
+    @torch.no_grad()
+    def results() -> list[Tensor]:
+        return one_pass_or_in_turn(posterior, batched, one_pass, in_turn)
+
+    parts = Inference(model).run(results)
     return _padded(parts, _pad_token(model, settings))
 
 
@@ -135,12 +143,19 @@ def _setting(model: Any, settings: Mapping[str, Any], name: str) -> Any:
     return next((value for value in values if value is not None), None)
 
 
+def _is_one_token(model: Any, settings: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
+    """Tell whether one token is asked for: the model may have no position for another."""
+    new, longest = (_setting(model, settings, name) for name in ("max_new_tokens", "max_length"))
+    ids = given.get("input_ids")
+    read = ids.shape[1] if isinstance(ids, Tensor) else 0
+    return bool(new == 1 or (new is None and longest is not None and longest <= read + 1))
+
+
 def _serves_all(value: Any) -> bool:
     """Tell whether a setting of ``generate`` serves any number of prompts: one that holds no tensors."""
     if isinstance(value, (list, tuple, Mapping)):
         return all(map(_serves_all, value.values() if isinstance(value, Mapping) else value))
-    scalar = value is None or isinstance(value, (bool, int, float, str))
-    return scalar or callable(value) or hasattr(value, "to_dict")
+    return isinstance(value, SCALARS) or callable(value) or hasattr(value, "to_dict")
 
 
 def _pad_token(model: Any, settings: Mapping[str, Any]) -> int:

@@ -35,7 +35,8 @@ _COPIES, _CLEAN, _TAGGED = 4, 1, (0, 2, 3)
 """Copies of the row, the one left as it is, and the others: before it and after it, and not the same turned
 round, so that neither a sorted nor a reversed batch looks right."""
 
-_SCALARS = (bool, int, float, str, type(None))
+SCALARS = (bool, int, float, str, type(None))
+"""What no call changes."""
 
 _NOT_BY_ROW = frozenset({"cache_position", "logits_to_keep", "head_mask"})
 """Arguments of forward whose first dimension is not the batch's, and which serve any batch."""
@@ -88,7 +89,7 @@ class ByRow:
         self,
         batch: Any,
         least_dim: int = 1,
-        shared: Callable[[str | None, Any], bool] = lambda _, value: isinstance(value, _SCALARS),
+        shared: Callable[[str | None, Any], bool] = lambda _, value: isinstance(value, SCALARS),
     ) -> None:
         self._batch, self._least_dim = batch, least_dim
         self.rows = count_rows(batch)
@@ -103,14 +104,14 @@ class ByRow:
                     raise NotBatched(
                         f"{name or 'the batch'} is a {type(value).__name__}, which cannot be repeated"
                     )
-                kinds.append((name, repr(value) if isinstance(value, _SCALARS) else type(value)))
+                kinds.append((name, value if isinstance(value, (bool, int, str)) else type(value)))
                 continue
             by_row = self._has_rows(name, value)
             if by_row:
                 self.sizes += value.shape[1:]
             kinds.append((name, by_row, value.dtype, tuple(size == 1 for size in value.shape[1:])))
         self.kind = tuple(kinds)
-        """Of two batches equal where a model treats both alike."""
+        """Equal for batches that a model treats alike, whatever their sizes."""
 
     def _has_rows(self, name: str | None, value: Tensor) -> bool:
         if value.dim() < self._least_dim or name in _NOT_BY_ROW:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .ivon_distributed import is_sharded
 from .lora_samples import NotBatched
 from .posterior_batched import SampledLayers, in_chunks
-from .posterior_order import ByRow, RowOrder, changed, find_order
+from .posterior_order import SCALARS, ByRow, RowOrder, changed, find_order
 from .reversible import Inference
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def own_copies(batch: Any) -> Any:
     """
 
     def own(name: str | None, value: Any) -> Any:
-        if value is None or isinstance(value, (Tensor, nn.Module, bool, int, float, str)):
+        if isinstance(value, (Tensor, nn.Module, *SCALARS)):
             return value
         try:
             return copy.deepcopy(value)
@@ -304,7 +304,11 @@ def predict(
                 parts.append(probabilities)
         return parts
 
-    parts = Inference(model).run(lambda: one_pass_or_in_turn(posterior, batched, one_pass, in_turn))
+    @torch.no_grad()
+    def results() -> list[Tensor]:
+        return one_pass_or_in_turn(posterior, batched, one_pass, in_turn)
+
+    parts = Inference(model).run(results)
     if not average:
         return torch.cat(parts)
     return torch.cat(parts).sum(0).div_(len(seeds))

@@ -40,27 +40,18 @@ class Overwritten(Reversible):
         self,
         model: nn.Module,
         parameters: Callable[[], Sequence[Tensor]],
-        write: Callable[[], None],
-        undo: Callable[[], None],
+        write: Callable[[], object],
+        undo: Callable[[], object],
     ) -> None:
         self._parameters, self._write, self._undo = parameters, write, undo
         self._turn = Held(use_of(model).writing)
 
     def enter(self) -> None:
-        """Keep what the parameters hold, and write.
-
-        Raises:
-            ValueError: they are in shared memory.
-        """
+        """Note what the parameters hold, and write."""
         if self._turn is None or self._before is not None:
             raise RuntimeError("the sample is in the model already")
         self._turn.enter()
         targets = [p.detach() for p in self._parameters()]
-        if any(p.device.type == "cpu" and p.is_shared() for p in targets):
-            raise ValueError(
-                "the model's parameters are in memory that other processes share, and a sample would reach "
-                "them; use copy.deepcopy(posterior) in each process, or predict with batched=True"
-            )
         self._before = targets, [p.clone() for p in targets]
         self._write()
 
@@ -76,6 +67,20 @@ class Overwritten(Reversible):
     def __del__(self) -> None:
         if self._before is not None:  # an interrupt came before `__exit__` could do anything
             self.leave()
+
+
+def unshared(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return the parameters.
+
+    Raises:
+        ValueError: they are in memory that other processes share.
+    """
+    if any(p.device.type == "cpu" and p.is_shared() for p in parameters):
+        raise ValueError(
+            "the model's parameters are in memory that other processes share, and a sample would reach them; "
+            "use copy.deepcopy(posterior) in each process, or predict with batched=True"
+        )
+    return parameters
 
 
 class SampleWriter:
@@ -102,8 +107,8 @@ class SampleWriter:
             variance_scale: factor on the variance, >= 0.
         """
 
-        def tensors() -> list[Tensor]:
-            return [p for bucket in self._current_buckets(gaussians) for p in bucket.params]
+        def tensors() -> Sequence[Tensor]:
+            return unshared([p for bucket in self._current_buckets(gaussians) for p in bucket.params])
 
         def write() -> None:
             self._write(self._current_buckets(gaussians), gaussians, seed, variance_scale)

@@ -42,7 +42,7 @@ class Reversible:
                 return body()
             finally:
                 self.leave()
-                torch._C._set_grad_enabled(grad)
+                torch._C._set_grad_enabled(grad)  # torch.no_grad's own end can be cut short
         finally:
             self.leave()
             torch._C._set_grad_enabled(grad)
@@ -53,7 +53,7 @@ class Reversible:
             return self.enter()
         except BaseException:
             self.__exit__()
-            torch._C._set_grad_enabled(grad)  # torch.no_grad's own context can be cut short
+            torch._C._set_grad_enabled(grad)
             raise
 
     def __exit__(self, *_: object) -> None:
@@ -106,7 +106,7 @@ def use_of(model: nn.Module) -> _Use:
 
 
 class Inference(Reversible):
-    """A model in eval mode and without gradients; the last to leave puts back what was in train mode."""
+    """A model in eval mode; the last to leave puts back what was in train mode."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model, self._use = model, use_of(model)
@@ -118,7 +118,6 @@ class Inference(Reversible):
             self._use.users.add(self)
             self._use.training += [module for module in self._model.modules() if module.training]
 
-        torch._C._set_grad_enabled(False)
         Held(LOCK).run(join)
         if self._use.training:
             self._model.eval()

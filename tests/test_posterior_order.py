@@ -273,3 +273,14 @@ def test_a_pass_in_one_thread_is_none_in_another(counter):
     torch.testing.assert_close(own, expected)
     torch.testing.assert_close(found["eager"], plain, rtol=0, atol=0)
     torch.testing.assert_close(found["compiled"], plain)
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_of_a_compiled_model_replay_no_earlier_samples():
+    posterior, x = _posterior(RowMajorRows()), _inputs(2, 6).cuda()
+    model = posterior.model.cuda().base_model.model
+    model.forward = torch.compile(model.forward, mode="reduce-overhead")
+    for first in range(4):
+        found = posterior.predict(x, 3, seed=first, batched=True, average=False)
+        torch.testing.assert_close(found, posterior.predict(x, 3, seed=first, average=False))
+    torch._dynamo.reset()

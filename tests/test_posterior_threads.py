@@ -94,9 +94,9 @@ def test_a_pass_sees_nothing_of_a_sample_in_the_weights(posterior):
 def test_the_last_to_predict_puts_the_model_back_in_train_mode(posterior):
     model = posterior.model.train()
     first, second = Inference(model), Inference(model)
+    first.__enter__()
     with second:
-        with first:
-            assert not model.training
+        first.__exit__()
         assert not any(module.training for module in model.modules())
     assert all(module.training for module in model.modules())
 
