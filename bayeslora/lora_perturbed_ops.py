@@ -1,52 +1,43 @@
-"""The LoRA linear layer under several posterior samples as an operator that ``torch.compile`` keeps whole.
+"""A LoRA linear layer in a graph of ``torch.compile`` while samples share a pass, as one operator.
 
-For inference: it has no gradient. Eager code calls ``lora_perturbed.perturbed_layer``, which this is.
+Which samples, and whether this thread is in a pass at all, is asked when the graph runs: a graph holds no
+sample, and serves every number of them. For inference: it has no gradient.
 """
 
 import torch
 from torch import Tensor
 
-from .kernels.lora_perturbed_twin import Perturbation
-from .lora_linear import LoraWeights
-from .lora_perturbed import perturbed_layer
+from .lora_linear import apply_layers
+from .lora_samples import current_pass
 from .operators import operator
 
 
-@operator("perturbed_lora_linear")
-def perturbed_lora_linear(
+# In a CUDA graph it would replay the samples that were there at the recording.
+@operator("sampled_lora_linear", tags=(torch.Tag.cudagraph_unsafe,))
+def sampled_lora_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     lora_a: Tensor,
     lora_b: Tensor,
-    a_std: Tensor,
-    b_std: Tensor,
-    seeds: Tensor,
-    draws: Tensor,
-    a_stream: int,
-    b_stream: int,
     scaling: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return y ``(..., N)`` in ``dtype``; arguments as for `perturbed_layer`, without dropout."""
-    layer = LoraWeights(weight, bias, lora_a, lora_b)
-    perturbation = Perturbation(a_std, b_std, seeds, draws, a_stream, b_stream)
-    return perturbed_layer(x, layer, scaling, perturbation, 0.0, None, dtype)
+    """Return y ``(..., N)`` in ``dtype``: with the samples of this thread's pass, else with A and B."""
+    own = current_pass()
+    layer = None if own is None else own.by_address.get((lora_a.data_ptr(), lora_b.data_ptr()))
+    if own is None or layer is None:
+        return apply_layers(x, ((weight, bias, lora_a, lora_b),), scaling, dtype=dtype)[0]
+    return own.output(layer, x, weight, bias, scaling, dtype)
 
 
-@torch.library.register_fake("bayeslora::perturbed_lora_linear")
+@torch.library.register_fake("bayeslora::sampled_lora_linear")
 def _(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     lora_a: Tensor,
     lora_b: Tensor,
-    a_std: Tensor,
-    b_std: Tensor,
-    seeds: Tensor,
-    draws: Tensor,
-    a_stream: int,
-    b_stream: int,
     scaling: float,
     dtype: torch.dtype,
 ) -> Tensor:

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -30,6 +29,7 @@ from bayeslora.monteclora_bank import MontecloraBank
 from bayeslora.monteclora_part import Part
 from bayeslora.posterior import Posterior
 from bayeslora.posterior_predict import check_scale, check_seed
+from bayeslora.posterior_sampling import Overwritten, unshared
 
 _SHAPING = ("estimator", "dirichlet", "perturb", "outer_samples", "sparse")
 _MOMENT_DRAWS = 1024
@@ -65,11 +65,10 @@ class MontecloraPosterior(Posterior):
 
     # ---- samples -------------------------------------------------------------------------------------
 
-    @contextmanager
     def sample(
         self, seed: int, variance_scale: float = 1.0, *, ess_scale: float | None = None
-    ) -> Iterator[None]:
-        """Put sample ``seed`` into the perturbed matrices; put back what they held at the end.
+    ) -> Overwritten:
+        """Return a context in which sample ``seed`` is in the perturbed matrices; as `Posterior.sample`.
 
         The layers draw no noise of their own meanwhile, also in train mode.
 
@@ -79,24 +78,33 @@ class MontecloraPosterior(Posterior):
             ess_scale: the same as its inverse, > 0.
 
         Raises:
-            ValueError: a scale is out of range, or both are given.
+            ValueError: a scale is out of range, or both are given; on entering, the matrices are in memory
+                shared with other processes.
             TypeError: the seed is not an integer.
         """
         variance_scale, seed = check_scale(variance_scale, ess_scale), check_seed(seed)
-        tensors = [p for matrices in self._parts for p in matrices.parameters]
-        before, paused = [p.detach().clone() for p in tensors], self._bank.paused
-        self._bank.paused = True
-        try:
+        bank, paused = self._bank, self._bank.paused
+
+        def tensors() -> Sequence[Tensor]:
+            nonlocal paused
+            paused = bank.paused
+            return unshared(list(self._tensors().values()))
+
+        def write() -> None:
+            bank.paused = True
             for matrices in self._parts:
                 _write(matrices, seed, variance_scale)
             torch.clear_autocast_cache()  # an outer autocast keeps casts of what the parameters held
-            yield
-        finally:
-            self._bank.paused = paused
-            with torch.no_grad():
-                for p, value in zip(tensors, before, strict=True):
-                    p.copy_(value)
+
+        def undo() -> None:
+            bank.paused = paused
             torch.clear_autocast_cache()
+
+        return Overwritten(self.model, tensors, write, undo)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return the model's matrices that are sampled, by name."""
+        return {n: p for part in self._parts for n, p in zip(part.names, part.parameters, strict=True)}
 
     # ---- moments -------------------------------------------------------------------------------------
 

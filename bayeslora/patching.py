@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from .lora_chain import chain, chain_serves
 from .lora_group import LoraCall, LoraGroup, add_groups, remove_groups
 from .lora_linear import apply_layers
+from .lora_samples import OPEN, NotBatched, current_pass
 from .monteclora import attach as attach_monteclora
 from .monteclora import check_layers as check_monteclora
 from .monteclora import detach as detach_monteclora
-from .posterior_batched import SLOT, LayerSamples, NotBatched
 
 _logger = logging.getLogger("bayeslora")
 
@@ -49,8 +49,10 @@ class FusedLoraLinear(PeftLoraLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the layer; arguments and result are those of PEFT's own forward."""
-        if SLOT in self.__dict__:
-            return _sampled_forward(self, x, args, kwargs)
+        if OPEN.any:
+            y = _sampled_forward(self, x, args, kwargs)
+            if y is not None:
+                return y
         if not (args or kwargs):
             call = _served_call(self, x)
             if call is not None:
@@ -235,7 +237,9 @@ def _sibling_call(layer: nn.Module, x: Tensor) -> LoraCall | None:
     own = layer.__dict__
     if own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return None
-    return None if SLOT in own or "forward" in own else _served_call(layer, x)
+    if "forward" in own or (OPEN.any and _is_sampled(layer)):
+        return None
+    return _served_call(layer, x)
 
 
 def _fused_forward(layer: PeftLoraLinear, x: Tensor, call: LoraCall) -> Tensor:
@@ -250,17 +254,32 @@ def _fused_forward(layer: PeftLoraLinear, x: Tensor, call: LoraCall) -> Tensor:
     return apply_layers(x, (call.tensors(),), call.scaling, call.dropout_p, None, call.dtype)[0]
 
 
-def _sampled_forward(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Apply the layer with a posterior sample for each group of rows.
+def _is_sampled(layer: Any) -> bool:
+    """Tell whether this thread is in a pass that has samples of ``layer``."""
+    own = current_pass()
+    return own is not None and layer in own.layers
 
-    The context, open for the one call of the model, has checked that the fused forward serves the layer; that
-    is asked again here, as at any call, and whether its adapter is still the active one.
+
+def _sampled_forward(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Apply the layer with a posterior sample for each group of rows; None where it has no samples here.
+
+    Whoever opened the pass has checked that the fused forward serves the layer; that is asked again here, as
+    at any call, and whether its adapter is still the active one. A compiled graph asks when it runs.
     """
-    samples: LayerSamples = layer.__dict__[SLOT]
+    compiling = torch.compiler.is_compiling()
+    if not compiling and not _is_sampled(layer):
+        return None
     call = None if args or kwargs else _served_call(layer, x)
-    if call is None or _active_adapters(layer) != [samples.adapter]:
+    if compiling:
+        if call is None or call.dropout_p or torch.is_grad_enabled():
+            return None
+        from .lora_perturbed_ops import sampled_lora_linear
+
+        return sampled_lora_linear(x, *call.tensors(), call.scaling, call.dtype)
+    own: Any = current_pass()
+    if call is None or _active_adapters(layer) != [own.layers[layer].adapter]:
         raise NotBatched(f"a call of {type(layer).__name__} that the fused forward does not serve")
-    return samples.apply(x, call.tensors()[0], call.bias, call.scaling)
+    return own.output(layer, x, call.tensors()[0], call.bias, call.scaling, call.dtype)
 
 
 def _lora_layers(model: nn.Module) -> Iterator[LoraLayer]:

@@ -4,17 +4,16 @@
 precision δ from IVON. A sample is named by its seed: the same seed gives the same weights on every device.
 
 Here is the public class; how it is done lies beside it: the Gaussians in ``posterior_gaussian.py``, samples
-in ``posterior_sampling.py``, prediction and generation in ``posterior_predict.py`` (all samples in one pass:
-``posterior_batched.py``), sweeps, files and merging in ``posterior_sweeps.py``, ``posterior_files.py`` and
-``posterior_lifecycle.py``.
+in ``posterior_sampling.py``, prediction and generation in ``posterior_predict.py`` and
+``posterior_generate.py`` (all samples in one pass: ``posterior_batched.py``), sweeps, files and merging in
+``posterior_sweeps.py``, ``posterior_files.py`` and ``posterior_lifecycle.py``.
 
 Paper: Cong et al., "Improving LoRA with variational learning" (2025), for pruning and test-time scaling.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -23,9 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from bayeslora.posterior_gaussian import GaussianParameter, prune_gaussians
+from bayeslora.posterior_generate import generate
 from bayeslora.posterior_lifecycle import PosteriorLifecycle
-from bayeslora.posterior_predict import check_scale, check_seed, check_seeds, generate, predict
-from bayeslora.posterior_sampling import SampleWriter
+from bayeslora.posterior_order import RowOrders
+from bayeslora.posterior_predict import check_scale, check_seed, check_seeds, predict
+from bayeslora.posterior_sampling import Overwritten, SampleWriter
 from bayeslora.posterior_sweeps import Predictions, Sweep, prune_sweep, variance_sweep
 
 if TYPE_CHECKING:
@@ -53,6 +54,11 @@ class Posterior(PosteriorLifecycle):
         self._writer = SampleWriter()
         self._stds: dict[int, tuple[Any, Tensor]] = {}  # of posterior_batched.py
         self._homes: list[tuple[Any, str]] | None = None  # of posterior_predict.py
+        self._orders = RowOrders()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return the model's parameters that are sampled, by name."""
+        return {name: g.parameter for name, g in self.parameters.items()}
 
     # ---- where it comes from ---------------------------------------------------------------------
 
@@ -151,13 +157,18 @@ class Posterior(PosteriorLifecycle):
 
     # ---- samples ---------------------------------------------------------------------------------
 
-    @contextmanager
     def sample(
         self, seed: int, variance_scale: float = 1.0, *, ess_scale: float | None = None
-    ) -> Iterator[None]:
-        """Put sample ``seed`` into the model's parameters; put back what they held at the end.
+    ) -> Overwritten:
+        """Return a context in which sample ``seed`` is in the model's parameters, in place of what they hold.
 
         θ = m + sqrt(variance_scale) · σ z(seed), cast to each parameter's dtype.
+
+        Another thread that wants a sample in the same model waits; whoever else calls the model meanwhile
+        gets the sample's outputs. What the parameters held is put back bit for bit, also after an interrupt
+        (Ctrl-C) at any moment and a second one that falls into the putting back: by :meth:`predict` and
+        :meth:`generate` before the exception leaves them, by a ``with`` statement too, unless the interrupt
+        falls on its very last step; then when the exception is dropped.
 
         Args:
             seed: 64-bit name of the sample.
@@ -165,7 +176,8 @@ class Posterior(PosteriorLifecycle):
             ess_scale: the same as a factor on λ: ``1 / variance_scale``, > 0.
 
         Raises:
-            ValueError: a scale is out of range, or both are given.
+            ValueError: a scale is out of range, or both are given; on entering, the parameters are in memory
+                shared with other processes, which would see the sample.
             TypeError: the seed is not an integer.
 
         Example:
@@ -173,8 +185,8 @@ class Posterior(PosteriorLifecycle):
             ...     logits = posterior.model(tokens).logits
         """
         variance_scale = check_scale(variance_scale, ess_scale)
-        with self._writer.sample(list(self.parameters.values()), check_seed(seed), variance_scale):
-            yield
+        gaussians = list(self.parameters.values())
+        return self._writer.sample(self.model, gaussians, check_seed(seed), variance_scale)
 
     def predict(
         self,
@@ -191,14 +203,19 @@ class Posterior(PosteriorLifecycle):
     ) -> Tensor:
         """Return the posterior predictive probabilities, (1/S) Σ_s softmax(model(batch; θ_s)).
 
-        Sample s is ``sample(seeds[s])``. The model is in eval mode meanwhile.
+        Sample s is ``sample(seeds[s])``. The model is in eval mode meanwhile, for every thread.
 
         With ``batched`` the samples are one pass: the batch is repeated S times, and each patched layer
-        perturbs its rows by their sample (``posterior_batched.py``). The result is that of one pass a
-        sample, up to the rounding of the products. Where that cannot be (a perturbed head or bias, a
-        quantized base, MonteCLoRA, an unpatched model, one that does not keep the batch first, an input with
-        another first dimension than the batch's) the samples run one after another, and one log line says
-        why.
+        perturbs its rows by their sample (``lora_samples.py``). The result is that of one pass a sample, up
+        to the rounding of the products. Two small passes before the first batch of a kind find out whether
+        the model keeps the rows of a batch apart and in order (``posterior_order.py``). Where it does not, or
+        the samples cannot share a pass (a perturbed head or bias, a quantized base, MonteCLoRA, an unpatched
+        model, an input with another first dimension than the batch's), they run one after another, and one
+        log line says why. Each of them then finds its own copy of an input that a call may change (a cache).
+
+        Several threads may predict with one model. Samples in one pass share nothing; those that run one
+        after another are written into the weights, so that threads take turns, and only other calls of the
+        model must wait until they are done. See :meth:`sample` for interrupts.
 
         Args:
             batch: a mapping (passed as keyword arguments), a tensor, or a tuple of positional arguments.
@@ -217,9 +234,10 @@ class Posterior(PosteriorLifecycle):
             ``average=False`` ``(S, batch, ..., classes)``.
 
         Raises:
-            ValueError: ``num_samples``, ``seeds``, a scale or ``max_batch`` is out of range, or the
-                posterior's adapter is not active.
-            TypeError: a seed is not an integer, or the model returns no logits.
+            ValueError: ``num_samples``, ``seeds``, a scale or ``max_batch`` is out of range, the posterior's
+                adapter is not in use (disabled, not active, another one merged, no longer in the model), or
+                samples would be written into memory that other processes share.
+            TypeError: a seed is not an integer, the model returns no logits, or an input cannot be copied.
 
         Example:
             >>> posterior.predict({"input_ids": tokens}, num_samples=4, batched=True).shape
@@ -240,7 +258,7 @@ class Posterior(PosteriorLifecycle):
         *,
         ess_scale: float | None = None,
         seeds: Sequence[int] | None = None,
-        num_return_sequences: int = 1,
+        num_return_sequences: int | None = None,
         batched: bool = True,
         max_batch: int | None = None,
         **settings: Any,
@@ -258,19 +276,23 @@ class Posterior(PosteriorLifecycle):
             variance_scale: factor on the variance, >= 0.
             ess_scale: the same as a factor on λ, > 0.
             seeds: names of the samples, instead of ``seed``.
-            num_return_sequences: k sequences a prompt and sample (with sampling or beams).
+            num_return_sequences: k sequences a prompt and sample (with sampling or beams); None for the
+                generation configuration's, which is 1 as a rule.
             batched: False runs one sample after another.
             max_batch: sequences of one pass, of all samples and beams together; None for no limit.
-            settings: passed to transformers' ``generate``; tensors with one row a prompt are repeated.
+            settings: passed to transformers' ``generate``; tensors with one row a prompt are repeated. What
+                holds tensors in another form, such as the cache of a prefix, is copied for each sample, and
+                the samples run one after another.
 
         Returns:
             int64 token ids ``(S, batch, k, length)``, the prompt first as ``generate`` returns it, and the
             model's padding token after the end of shorter ones.
 
         Raises:
-            ValueError: an argument is out of range, one that belongs to a single sample is given, or the
-                posterior's adapter is not active.
-            TypeError: the model has no ``generate``, the inputs no tensor, or a seed is not an integer.
+            ValueError: an argument is out of range, one that belongs to a single sample is given, or as for
+                :meth:`predict`.
+            TypeError: the model has no ``generate``, the inputs no tensor, a seed is not an integer, or a
+                setting cannot be copied.
 
         Example:
             >>> ids = posterior.generate(tokens, num_samples=3, num_return_sequences=2, do_sample=True,

@@ -1,177 +1,25 @@
-"""S posterior samples as one batch: every patched LoRA layer perturbs its rows by the sample they belong to.
+"""S posterior samples as one batch: the patched layers that a posterior perturbs, with their samples.
 
-The batch is repeated S times along its first dimension, sample by sample, and each layer cuts the rows it
-gets into S groups::
-
-    y_s = x_s Wᵀ + bias + scaling · x_s A_sᵀ B_sᵀ        A_s = A + σ_A ⊙ z(seed_s), B_s likewise
-
-so the base model is read once for all samples. A and B are the posterior's own fp32 mean; nothing is
-written into the model. Two routes with the same numbers, up to the rounding of the products:
-
-- on a GPU, A and B are perturbed inside the kernels (``lora_perturbed.py``): no sample in memory;
-- elsewhere, and where every sample takes few rows (a step of decoding), the samples are written once and
-  kept while the context is open: three products of torch's own, which cost the host less. That is done up
-  to a quarter of the layer's own memory; from 64 samples of one row on always, since the GPU is faster too.
+The batch is repeated S times along its first dimension, sample by sample, so that the base model is read
+once for all samples; ``lora_samples.py`` is what a layer then does with its rows.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ._backend import uses_triton
 from .ivon_distributed import is_sharded
-from .kernels import lora_perturbed_twin as twin
 from .kernels.lora_perturbed_twin import Perturbation
-from .lora_linear import LoraWeights, compute_dtype
-from .lora_products import cast
+from .lora_samples import LayerSamples, NotBatched, Pass
 
 if TYPE_CHECKING:
     from .posterior import Posterior
     from .posterior_gaussian import GaussianParameter
-
-SLOT = "_posterior_samples"
-"""Name in a layer's ``__dict__`` of its `LayerSamples`, there while a context is open."""
-
-_KEPT_ROWS, _KEPT_FROM = 16, 64
-_KEPT_SHARE = 4  # below that number, samples are kept where they take at most this part of the weight
-
-
-_ALIKE = 0.05
-"""Relative distance up to which two samples' inputs of the first layer are one input, differently rounded."""
-
-
-class NotBatched(Exception):
-    """A call that samples cannot share; the message says why."""
-
-
-class RowOrder:
-    """The rows of one batch of all samples, sample by sample, and whether a model keeps them first.
-
-    A model that puts the sequence before the batch (XLNet) would have every sample read a part of all
-    sequences. Shapes alone do not always tell; but until the first layer has added its sample, all samples
-    read the same.
-
-    Args:
-        rows: of all samples together; the first dimension of every layer's input is a multiple.
-        groups: the number of samples.
-    """
-
-    def __init__(self, rows: int, groups: int) -> None:
-        self._rows, self._groups = rows, groups
-        self._seen = groups == 1
-
-    def check(self, x: Tensor) -> None:
-        """Raise NotBatched unless x, which a layer reads, holds whole sequences of all samples in order."""
-        if x.dim() < 2 or x.shape[0] % self._rows:
-            raise NotBatched(f"a layer reads a tensor of shape {tuple(x.shape)} for {self._rows} sequences")
-        if torch.compiler.is_compiling() or self._seen:
-            return
-        self._seen = True
-        if x.dim() < 3 or x.shape[1] % self._rows or x.numel() == 0:
-            return  # its second dimension cannot be the batch
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():
-            return
-        parts = x.reshape(self._groups, -1)
-        apart = torch.linalg.vector_norm((parts - parts[0]).float(), dim=1)
-        if bool((apart > _ALIKE * torch.linalg.vector_norm(parts[0].float())).any()):
-            raise NotBatched(f"a layer reads a tensor of shape {tuple(x.shape)}, the batch not first")
-
-
-class LayerSamples:
-    """The samples of one layer's A and B, one a group of rows.
-
-    Args:
-        adapter: name of the adapter that A and B are of.
-        lora_a: ``(r, K)``, the mean of A, contiguous, fp32 or fp64.
-        lora_b: ``(N, r)``, the mean of B, likewise.
-        perturbation: standard deviations in the means' dtype, seeds, draws and streams.
-        parameter_dtype: of the parameter that a sample would be written into, and rounded to.
-        order: of the rows of all samples, one for all layers.
-    """
-
-    def __init__(
-        self,
-        adapter: str,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        perturbation: Perturbation,
-        parameter_dtype: torch.dtype,
-        order: RowOrder,
-    ) -> None:
-        self.adapter = adapter
-        self.lora_a, self.lora_b = lora_a, lora_b
-        self.perturbation = perturbation
-        self.parameter_dtype = parameter_dtype
-        self.order = order
-        self._kept: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
-
-    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None, scaling: float) -> Tensor:
-        """Return the layer's output ``(..., N)`` for x ``(S·b, ..., K)``, in x's dtype or autocast's.
-
-        Raises:
-            NotBatched: x's first dimension does not hold whole sequences of all samples, or a sample in
-                the parameter's dtype would be rounded twice.
-        """
-        self.order.check(x)
-        dtype = compute_dtype(x, weight)
-        if self.parameter_dtype not in (dtype, torch.float32, torch.float64):
-            raise NotBatched(f"{self.parameter_dtype} adapters in a computation in {dtype}")
-        if torch.compiler.is_compiling():
-            from .lora_perturbed_ops import perturbed_lora_linear
-
-            matrices = self.lora_a, self.lora_b
-            return perturbed_lora_linear(x, weight, bias, *matrices, *self.perturbation, scaling, dtype)
-        if dtype == torch.float64 or not uses_triton(x.device) or self._keeps(x, weight):
-            if torch.is_autocast_enabled(x.device.type):
-                with torch.autocast(x.device.type, enabled=False):
-                    return self._products(x, weight, bias, scaling, dtype)
-            return self._products(x, weight, bias, scaling, dtype)
-        from .lora_perturbed import perturbed_layer
-
-        layer = LoraWeights(weight, bias, self.lora_a, self.lora_b)
-        return perturbed_layer(x, layer, scaling, self.perturbation, 0.0, None, dtype)
-
-    def _keeps(self, x: Tensor, weight: Tensor) -> bool:
-        """Tell whether written samples are to serve a GPU's call: few rows a sample, and memory for them."""
-        groups = self.perturbation.seeds.numel()
-        rows = x.numel() // (groups * x.shape[-1])
-        if rows > _KEPT_ROWS:
-            return False
-        if rows == 1 and groups >= _KEPT_FROM:
-            return True
-        share = groups * (self.lora_a.numel() + self.lora_b.numel()) * _KEPT_SHARE
-        return share <= weight.numel() and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
-
-    def _products(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, scaling: float, dtype: torch.dtype
-    ) -> Tensor:
-        a, b = self._written(dtype)
-        x = cast(x, dtype)
-        y = F.linear(x, cast(weight, dtype), None if bias is None else cast(bias, dtype))
-        hidden = torch.bmm(x.reshape(a.shape[0], -1, x.shape[-1]), a.mT)
-        y.view(a.shape[0], -1, y.shape[-1]).baddbmm_(hidden, b.mT, alpha=scaling)
-        return y
-
-    def _written(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return the samples of A ``(S, r, K)`` and B ``(S, N, r)``, written at the first call."""
-        if dtype not in self._kept:
-            ops: Any = twin
-            if uses_triton(self.lora_a.device) and dtype != torch.float64:
-                from .kernels import lora_perturbed as ops
-            p = self.perturbation
-            index = p.seeds, p.draws
-            self._kept[dtype] = (
-                ops.sample_factors(self.lora_a, p.a_std, *index, p.a_stream, dtype),
-                ops.sample_factors(self.lora_b, p.b_std, *index, p.b_stream, dtype),
-            )
-        return self._kept[dtype]
 
 
 class SampledLayers:
@@ -200,41 +48,34 @@ class SampledLayers:
             found.setdefault((layer, adapter), {})[side] = gaussian
         self._layers = found
 
-    @contextmanager
-    def active(self, seeds: Sequence[int], variance_scale: float, rows: int) -> Iterator[None]:
-        """Let the layers apply sample s to the s-th of ``len(seeds)`` equal parts of their rows.
+    def active(
+        self,
+        seeds: Sequence[int],
+        variance_scale: float,
+        rows: Mapping[nn.Module, frozenset[int]] | None = None,
+        tagged: Sequence[int] = (),
+    ) -> Pass:
+        """Return a pass in which the layers apply sample s to the s-th of ``len(seeds)`` parts of their rows.
 
         Args:
             seeds: names of the samples.
             variance_scale: factor on the variance.
-            rows: the batch's first dimension, all samples together.
+            rows: as for `Pass`.
+            tagged: as for `Pass`.
 
         Raises:
             NotBatched: a layer's adapter is merged, disabled or not the only active one.
         """
-        layers: list[tuple[Any, Any]] = []
+        layers: dict[nn.Module, LayerSamples] = {}
         index: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        cache, order = self._posterior._stds, RowOrder(rows, len(seeds))
         for (layer, adapter), sides in self._layers.items():
             _check_active(layer, adapter)
             device = next(iter(sides.values())).parameter.device
             if device not in index:
                 index[device] = _index(seeds, device)
-            samples = _layer_samples(
-                layer, adapter, sides, index[device], math.sqrt(variance_scale), order, cache
-            )
-            layers.append((layer, samples))
-        before = [layer.__dict__.get(SLOT) for layer, _ in layers]
-        try:
-            for layer, samples in layers:
-                layer.__dict__[SLOT] = samples
-            yield
-        finally:
-            for (layer, _), previous in zip(layers, before, strict=True):
-                if previous is None:
-                    layer.__dict__.pop(SLOT, None)
-                else:
-                    layer.__dict__[SLOT] = previous
+            root, cache = math.sqrt(variance_scale), self._posterior._stds
+            layers[layer] = _layer_samples(layer, adapter, sides, index[device], root, cache)
+        return Pass(layers, len(seeds), rows, tagged)
 
 
 def _owners(model: nn.Module) -> dict[int, tuple[nn.Module, str, str]]:
@@ -285,7 +126,6 @@ def _layer_samples(
     sides: dict[str, GaussianParameter],
     index: tuple[Tensor, Tensor],
     root: float,
-    order: RowOrder,
     cache: dict[int, tuple[Any, Tensor]],
 ) -> LayerSamples:
     """Return a layer's samples; ``root`` is the factor on the standard deviation."""
@@ -304,7 +144,7 @@ def _layer_samples(
             streams.append(gaussian.stream)
     dtype = next(iter(sides.values())).parameter.dtype
     perturbation = Perturbation(stds[0], stds[1], *index, streams[0], streams[1])
-    return LayerSamples(adapter, means[0], means[1], perturbation, dtype, order)
+    return LayerSamples(adapter, means[0], means[1], perturbation, dtype)
 
 
 def in_chunks(

@@ -1,34 +1,32 @@
-"""Prediction and generation under S posterior samples: one pass for all of them, or one pass each.
+"""Prediction under S posterior samples: one pass for all of them, or one pass each.
 
-``Posterior.predict`` and ``Posterior.generate`` are these functions; ``posterior_batched.py`` is how one
-pass holds several samples.
+``Posterior.predict`` is this function; ``posterior_batched.py`` is how one pass holds several samples,
+``posterior_order.py`` whether a model lets it.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import operator
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .posterior_batched import NotBatched, SampledLayers, in_chunks
+from .ivon_distributed import is_sharded
+from .lora_samples import NotBatched
+from .posterior_batched import SampledLayers, in_chunks
+from .posterior_order import SCALARS, ByRow, RowOrder, changed, find_order
+from .reversible import Inference
 
 if TYPE_CHECKING:
     from .posterior import Posterior
 
 _logger = logging.getLogger("bayeslora")
-
-_NOT_BY_ROW = frozenset({"cache_position", "logits_to_keep", "head_mask"})
-"""Arguments of forward whose first dimension is not the batch's, and which serve any batch."""
-
-_NOT_REPEATED = ("prefix_allowed_tokens_fn", "assistant_model", "prompt_lookup_num_tokens")
-"""Settings of ``generate`` that count the prompts, or take a single one."""
 
 
 def check_seeds(num_samples: int | None, seed: int, seeds: Sequence[int] | None, default: int) -> list[int]:
@@ -68,16 +66,31 @@ def check_seed(seed: Any, rule: str = "seed must be an integer") -> int:
 
 
 def check_in_use(posterior: Posterior) -> None:
-    """Check that a sample changes what the model computes; a disabled adapter is left to the caller.
+    """Check that a sample changes what the model computes.
 
     Raises:
-        ValueError: the posterior's adapter is merged or not active.
+        ValueError: a parameter is no longer in the model, the adapters are disabled, one of them is merged,
+            or the posterior's is not active.
     """
+    there = {id(p) for module in posterior.model.modules() for p in module._parameters.values()}
+    for name, p in posterior._tensors().items():
+        if id(p) not in there and not is_sharded(p):  # FSDP puts others in its place
+            raise ValueError(
+                f"{name} is no longer in the model (merged, unloaded or deleted), so samples would change "
+                "nothing; load the posterior onto a base model with Posterior.from_pretrained"
+            )
     for layer, adapter in _homes(posterior):
         if layer.disable_adapters:
-            continue
-        if adapter in layer.merged_adapters:
-            raise ValueError(f"adapter {adapter!r} is merged; call model.unmerge_adapter() first")
+            raise ValueError(
+                "the model's adapters are disabled, so samples would change nothing; leave the "
+                "disable_adapter() context, or call model.enable_adapter_layers()"
+            )
+        merged = list(getattr(layer, "merged_adapters", ()))
+        if merged:
+            raise ValueError(
+                f"adapter {merged[0]!r} is merged, so samples of {adapter!r} would change nothing; call "
+                "model.unmerge_adapter() first"
+            )
         if adapter not in layer.active_adapters:
             raise ValueError(
                 f"the posterior is adapter {adapter!r}'s, active is {layer.active_adapters}; call "
@@ -130,21 +143,10 @@ def check_scale(variance_scale: float, ess_scale: float | None) -> float:
     return 1.0 / ess_scale
 
 
-def _check_max_batch(max_batch: int | None) -> None:
+def check_max_batch(max_batch: int | None) -> None:
+    """Raise ValueError or TypeError where ``max_batch`` is no number of rows."""
     if max_batch is not None and check_seed(max_batch, "max_batch must be an integer") < 1:
         raise ValueError(f"max_batch must be >= 1 or None, got {max_batch!r}")
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model in eval mode; put back what was in train mode at the end."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _call(model: nn.Module, batch: Any) -> Any:
@@ -162,42 +164,27 @@ def _logits(output: Any) -> Tensor:
     return logits
 
 
-# ---- batches ---------------------------------------------------------------------------------------
+def own_copies(batch: Any) -> Any:
+    """Return the batch with copies of what a call may change: every sample is to find the same cache.
 
+    Raises:
+        TypeError: something cannot be copied.
+    """
 
-def _rows(batch: Any) -> int:
-    """Return the first dimension of the batch's first tensor."""
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple) else (batch,)
-    for value in values:
-        if isinstance(value, Tensor) and value.dim() > 0:
-            return value.shape[0]
-    raise NotBatched("the batch holds no tensor")
-
-
-def _repeated_value(name: str | None, value: Any, rows: int, times: int, least_dim: int) -> Any:
-    if isinstance(value, Tensor):
-        if value.dim() < least_dim or name in _NOT_BY_ROW:
+    def own(name: str | None, value: Any) -> Any:
+        if isinstance(value, (Tensor, nn.Module, *SCALARS)):
             return value
-        if value.shape[0] == rows and not (name == "position_ids" and value.dim() == 3):
-            return value.repeat(times, *[1] * (value.dim() - 1))
-        if value.shape[0] != 1:  # an image's patches, packed sequences' ends, one position an axis
-            raise NotBatched(f"{name or 'a tensor'} has shape {tuple(value.shape)} for {rows} sequences")
-        return value
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise NotBatched(f"{name or 'the batch'} is a {type(value).__name__}, which cannot be repeated")
+        try:
+            return copy.deepcopy(value)
+        except Exception as error:
+            raise TypeError(
+                f"each sample needs a copy of {name or 'the batch'}, a {type(value).__name__}: {error}"
+            ) from error
+
+    return changed(batch, own)
 
 
-def _repeated(batch: Any, rows: int, times: int) -> Any:
-    """Return the batch ``times`` times along the first dimension: all rows of sample 0, then of sample 1."""
-    if isinstance(batch, Mapping):
-        return {name: _repeated_value(name, value, rows, times, 1) for name, value in batch.items()}
-    if isinstance(batch, tuple):
-        return tuple(_repeated_value(None, value, rows, times, 1) for value in batch)
-    return _repeated_value(None, batch, rows, times, 1)
-
-
-def _one_pass_or_in_turn(
+def one_pass_or_in_turn(
     posterior: Posterior,
     batched: bool,
     one_pass: Callable[[SampledLayers], list[Tensor]],
@@ -213,10 +200,64 @@ def _one_pass_or_in_turn(
     return in_turn()
 
 
+def in_passes(
+    posterior: Posterior,
+    layers: SampledLayers,
+    batch: ByRow,
+    kind: Any,
+    seeds: Sequence[int],
+    variance_scale: float,
+    *,
+    most: int | None,
+    expansion: int,
+    run: Callable[[Any, int], Tensor],
+    probe: Callable[[Any], Sequence[Tensor]],
+) -> list[Tensor]:
+    """Return the results of all samples, as many in a pass as fit.
+
+    Args:
+        posterior: whose samples.
+        layers: those that it perturbs.
+        batch: of one sample.
+        kind: names all that the order of the model's rows can depend on.
+        seeds: names of the samples.
+        variance_scale: factor on the variance.
+        most: samples of one pass; None for all.
+        expansion: rows that the model makes of one.
+        run: calls the model with the batch of so many samples.
+        probe: as ``run`` of `find_order`.
+
+    Raises:
+        NotBatched: the model does not keep samples apart.
+    """
+    model = posterior.model
+
+    def find() -> RowOrder:
+        return find_order(layers, model, batch, probe, seeds[0], variance_scale)
+
+    try:
+        order = posterior._orders.get(model, kind, find)
+    except (NotBatched, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # it may come of the batch: then a pass a sample raises it too
+        raise NotBatched(f"a pass of several sequences fails: {type(error).__name__}: {error}") from error
+
+    def one_pass(chunk: Sequence[int]) -> Tensor:
+        together = len(chunk) * batch.rows
+        rows = order.rows({together, together * expansion}, batch.sizes)
+        inputs = batch.repeated(len(chunk))
+        return layers.active(chunk, variance_scale, rows).run(lambda: run(inputs, len(chunk)))
+
+    try:
+        return in_chunks(seeds, most, one_pass, _logger.info)
+    except NotBatched as reason:
+        posterior._orders.refuse(kind, str(reason))
+        raise
+
+
 # ---- predict ---------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def predict(
     posterior: Posterior,
     batch: Any,
@@ -228,7 +269,7 @@ def predict(
     average: bool,
 ) -> Tensor:
     """Return probabilities, averaged or of each sample; see :meth:`Posterior.predict`."""
-    _check_max_batch(max_batch)
+    check_max_batch(max_batch)
     check_in_use(posterior)
     model = posterior.model
 
@@ -236,142 +277,38 @@ def predict(
         return probabilities.sum(0, keepdim=True) if average else probabilities
 
     def one_pass(layers: SampledLayers) -> list[Tensor]:
-        rows = _rows(batch)
-        if not rows:
-            raise NotBatched("the batch is empty")
+        by_row = ByRow(batch)
 
-        def run(chunk: Sequence[int]) -> Tensor:
-            together = len(chunk) * rows
-            inputs = _repeated(batch, rows, len(chunk))
-            with layers.active(chunk, variance_scale, together):
-                logits = _logits(_call(model, inputs))
+        def run(inputs: Any, count: int) -> Tensor:
+            logits, together = _logits(_call(model, inputs)), count * by_row.rows
             if logits.dim() == 0 or logits.shape[0] != together:
                 raise NotBatched(f"the logits have shape {tuple(logits.shape)} for {together} sequences")
-            split = logits.view(len(chunk), rows, *logits.shape[1:])
+            split = logits.view(count, by_row.rows, *logits.shape[1:])
             return folded(split.float().softmax(dim=-1))
 
-        return in_chunks(seeds, None if max_batch is None else max_batch // rows, run, _logger.info)
+        return in_passes(
+            posterior, layers, by_row, by_row.kind, seeds, variance_scale,
+            most=None if max_batch is None else max_batch // by_row.rows,
+            expansion=1, run=run, probe=lambda inputs: [_logits(_call(model, inputs))],
+        )  # fmt: skip
 
     def in_turn() -> list[Tensor]:
         parts: list[Tensor] = []
         for seed in seeds:
-            with posterior.sample(seed, variance_scale):
-                probabilities = _logits(_call(model, batch)).float().softmax(dim=-1).unsqueeze(0)
+            sample = posterior.sample(seed, variance_scale)
+            logits = sample.run(lambda: _logits(_call(model, own_copies(batch))))
+            probabilities = logits.float().softmax(dim=-1).unsqueeze(0)
             if average and parts:
                 parts[0].add_(probabilities)
             else:
                 parts.append(probabilities)
         return parts
 
-    with eval_mode(model):
-        parts = _one_pass_or_in_turn(posterior, batched, one_pass, in_turn)
+    @torch.no_grad()
+    def results() -> list[Tensor]:
+        return one_pass_or_in_turn(posterior, batched, one_pass, in_turn)
+
+    parts = Inference(model).run(results)
     if not average:
         return torch.cat(parts)
     return torch.cat(parts).sum(0).div_(len(seeds))
-
-
-# ---- generate --------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def generate(
-    posterior: Posterior,
-    inputs: Any,
-    seeds: Sequence[int],
-    variance_scale: float,
-    *,
-    num_return_sequences: int,
-    batched: bool,
-    max_batch: int | None,
-    settings: dict[str, Any],
-) -> Tensor:
-    """Return token ids ``(S, batch, k, length)``; see :meth:`Posterior.generate`."""
-    _check_max_batch(max_batch)
-    check_in_use(posterior)
-    if num_return_sequences < 1:
-        raise ValueError(f"num_return_sequences must be >= 1, got {num_return_sequences!r}")
-    model: Any = posterior.model
-    if not hasattr(model, "generate"):
-        raise TypeError(f"{type(model).__name__} has no generate; pass a posterior of a generative model")
-    given = dict(inputs) if isinstance(inputs, Mapping) else {"input_ids": inputs}
-    for name in ("return_dict_in_generate", "past_key_values", "streamer"):
-        if settings.get(name) is not None and settings[name] is not False:
-            raise ValueError(
-                f"{name} belongs to one sample; leave it out (per-sample probabilities of a text: "
-                "posterior.predict(..., average=False))"
-            )
-    given.update(settings)
-    rows = _prompts(given)
-
-    def of_samples(arguments: dict[str, Any], count: int) -> Tensor:
-        output = model.generate(**arguments, num_return_sequences=num_return_sequences)
-        tokens: Tensor = getattr(output, "sequences", output)  # the configuration may ask for a dict
-        return tokens.view(count, rows, num_return_sequences, -1)
-
-    def one_pass(layers: SampledLayers) -> list[Tensor]:
-        for name in _NOT_REPEATED:
-            if settings.get(name) is not None:
-                raise NotBatched(f"{name} is for the prompts of one sample")
-
-        def run(chunk: Sequence[int]) -> Tensor:
-            arguments = {
-                name: _repeated_value(name, value, rows, len(chunk), 2)
-                if isinstance(value, Tensor)
-                else value
-                for name, value in given.items()
-            }
-            with layers.active(chunk, variance_scale, len(chunk) * rows):
-                return of_samples(arguments, len(chunk))
-
-        config = settings.get("generation_config") or getattr(model, "generation_config", None)
-        beams = settings.get("num_beams") or getattr(config, "num_beams", None) or 1
-        a_sample = rows * max(num_return_sequences, beams)
-        return in_chunks(seeds, None if max_batch is None else max_batch // a_sample, run, _logger.info)
-
-    def in_turn() -> list[Tensor]:
-        parts = []
-        for seed in seeds:
-            with posterior.sample(seed, variance_scale):
-                parts.append(of_samples(given, 1))
-        return parts
-
-    with eval_mode(model):
-        parts = _one_pass_or_in_turn(posterior, batched, one_pass, in_turn)
-    return _padded(parts, _pad_token(model, settings))
-
-
-def _prompts(given: Mapping[str, Any]) -> int:
-    """Return the number of prompts."""
-    try:
-        rows = _rows(given)
-    except NotBatched:
-        raise TypeError(
-            "inputs hold no tensor; pass token ids (batch, length), or a tokenizer's return_tensors='pt'"
-        ) from None
-    ids = given.get("input_ids")
-    if rows < 1 or (isinstance(ids, Tensor) and ids.dim() != 2):
-        shape = tuple(ids.shape) if isinstance(ids, Tensor) else (rows,)
-        raise ValueError(f"inputs have shape {shape}; pass (batch, length) with batch >= 1")
-    return rows
-
-
-def _pad_token(model: Any, settings: Mapping[str, Any]) -> int:
-    """Return the token that ``generate`` fills finished sequences with."""
-    configs = settings.get("generation_config"), getattr(model, "generation_config", None)
-    values = [
-        value
-        for name in ("pad_token_id", "eos_token_id")
-        for value in (settings.get(name), *(getattr(config, name, None) for config in configs))
-    ]
-    value: Any
-    for value in values:
-        first = value[0] if isinstance(value, (list, tuple)) and value else value
-        if first is not None:
-            return int(first)
-    return 0
-
-
-def _padded(parts: Sequence[Tensor], pad: int) -> Tensor:
-    """Concatenate ``(s, batch, k, length)`` of different lengths along s."""
-    length = max(part.shape[-1] for part in parts)
-    return torch.cat([nn.functional.pad(part, (0, length - part.shape[-1]), value=pad) for part in parts])

@@ -7,17 +7,80 @@ sample of the optimizer's and one of the posterior's with the same seed are the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bayeslora._backend import ivon_kernels
 from bayeslora.ivon_distributed import fsdp_modules, is_sharded, part_like, reshard, shard_of
 from bayeslora.kernels.param_bucket import HYPER_WIDTH, ParamBucket, state_dtype
 from bayeslora.posterior_gaussian import GaussianParameter
+from bayeslora.reversible import Held, Reversible, use_of
+
+
+class Overwritten(Reversible):
+    """A context in which parameters of a model hold something else.
+
+    One thread at a time; ordinary calls of the model see what is there. What the parameters held is kept
+    before the first is written, so that it can be put back whenever the writing is cut short.
+
+    Args:
+        model: which they are of.
+        parameters: gives them, once no other thread writes any.
+        write: writes them.
+        undo: what is to be done once they are put back.
+    """
+
+    _turn: Held | None = None
+    _before: tuple[list[Tensor], list[Tensor]] | None = None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Callable[[], Sequence[Tensor]],
+        write: Callable[[], object],
+        undo: Callable[[], object],
+    ) -> None:
+        self._parameters, self._write, self._undo = parameters, write, undo
+        self._turn = Held(use_of(model).writing)
+
+    def enter(self) -> None:
+        """Note what the parameters hold, and write."""
+        if self._turn is None or self._before is not None:
+            raise RuntimeError("the sample is in the model already")
+        self._turn.enter()
+        targets = [p.detach() for p in self._parameters()]
+        self._before = targets, [p.clone() for p in targets]
+        self._write()
+
+    def leave(self) -> None:
+        """Put back what the parameters held."""
+        if self._before is not None:
+            torch._foreach_copy_(*self._before)  # in one call: no interrupt comes between two parameters
+            self._undo()
+            self._before = None
+        if self._turn is not None:
+            self._turn.leave()
+
+    def __del__(self) -> None:
+        if self._before is not None:  # an interrupt came before `__exit__` could do anything
+            self.leave()
+
+
+def unshared(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return the parameters.
+
+    Raises:
+        ValueError: they are in memory that other processes share.
+    """
+    if any(p.device.type == "cpu" and p.is_shared() for p in parameters):
+        raise ValueError(
+            "the model's parameters are in memory that other processes share, and a sample would reach them; "
+            "use copy.deepcopy(posterior) in each process, or predict with batched=True"
+        )
+    return parameters
 
 
 class SampleWriter:
@@ -32,31 +95,30 @@ class SampleWriter:
         """Make the buckets anew at the next sample: a mean or a Hessian has changed."""
         self._buckets = None
 
-    @contextmanager
     def sample(
-        self, gaussians: Sequence[GaussianParameter], seed: int, variance_scale: float
-    ) -> Iterator[None]:
-        """Put a sample into the parameters; put back what they held at the end.
+        self, model: nn.Module, gaussians: Sequence[GaussianParameter], seed: int, variance_scale: float
+    ) -> Overwritten:
+        """Return a context in which a sample is in the parameters.
 
         Args:
+            model: which they are of.
             gaussians: of all parameters, the same at every call.
             seed: 64-bit name of the sample.
             variance_scale: factor on the variance, >= 0.
         """
-        buckets = self._current_buckets(gaussians)
-        tensors = [p for bucket in buckets for p in bucket.params]
-        before = [p.detach().clone() for p in tensors]
-        try:
-            self._write(buckets, gaussians, seed, variance_scale)
+
+        def tensors() -> Sequence[Tensor]:
+            return unshared([p for bucket in self._current_buckets(gaussians) for p in bucket.params])
+
+        def write() -> None:
+            self._write(self._current_buckets(gaussians), gaussians, seed, variance_scale)
+            changed()
+
+        def changed() -> None:
             reshard(self._fsdp_modules)
             torch.clear_autocast_cache()  # an outer autocast keeps casts of what the parameters held
-            yield
-        finally:
-            with torch.no_grad():
-                for p, value in zip(tensors, before, strict=True):
-                    p.copy_(value)
-            reshard(self._fsdp_modules)
-            torch.clear_autocast_cache()
+
+        return Overwritten(model, tensors, write, changed)
 
     def _write(
         self,

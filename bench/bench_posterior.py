@@ -196,7 +196,7 @@ def captured_rows(posterior: Posterior, prompt: Tensor, rounds: int) -> dict[str
             with posterior.sample(0):
                 one.capture()
                 errors = [one.distance()]
-            with layers.active(range(S), 1.0, S):
+            with layers.active(range(S), 1.0):
                 many.capture()
                 errors.append(many.distance())
                 if max(errors) > TOLERANCE:
@@ -221,7 +221,7 @@ def launches(posterior: Posterior) -> dict[str, int]:
     layers = SampledLayers(posterior)
     for name, rows, context in (
         ("one sample", 1, posterior.sample(0)),
-        ("S samples", S, layers.active(range(S), 1.0, S)),
+        ("S samples", S, layers.active(range(S), 1.0)),
     ):
         tokens = torch.zeros(rows, 1, dtype=torch.int64, device=DEVICE)
         with torch.no_grad(), context:
@@ -241,7 +241,7 @@ def memory() -> dict[str, float]:
     posterior = build(SHAPE, DTYPE, ess=1e6)
     torch.cuda.empty_cache()
     at_rest = torch.cuda.memory_allocated()
-    with torch.no_grad(), SampledLayers(posterior).active(range(S), 1.0, S):
+    with torch.no_grad(), SampledLayers(posterior).active(range(S), 1.0):
         posterior.model(input_ids=torch.zeros(S, 1, dtype=torch.int64, device=DEVICE), use_cache=False)
         many = torch.cuda.memory_allocated()  # with what a step of decoding keeps
     posterior._stds.clear()

@@ -491,9 +491,9 @@ def test_folder_of_another_rank_or_model_is_refused(folder):
         Posterior.from_pretrained(_base(), folder / "nowhere")
 
 
-class _Listing(nn.Module):
-    def forward(self, x):
-        return [x]
+class _Listing(_Last):
+    def forward(self, tokens):
+        return [tokens]
 
 
 def test_bad_arguments(trained):
@@ -510,4 +510,4 @@ def test_bad_arguments(trained):
     with pytest.raises(ValueError, match="variance_scale"), posterior.sample(0, variance_scale=math.inf):
         pass
     with pytest.raises(TypeError, match="logits"):
-        Posterior(_Listing(), posterior.parameters).predict(TOKENS, num_samples=1)
+        Posterior(_Listing(model), posterior.parameters).predict(TOKENS, num_samples=1)

@@ -1,8 +1,10 @@
 """Several posterior samples in one pass: predict and generate equal one pass a sample, sample for sample."""
 
 import copy
+import inspect
 import logging
 import re
+import threading
 
 import pytest
 import torch
@@ -24,7 +26,8 @@ from transformers import (
 
 from bayeslora import IVON, Posterior, patch, unpatch
 from bayeslora.kernels.lora_perturbed_twin import Perturbation
-from bayeslora.posterior_batched import SLOT, LayerSamples, NotBatched, RowOrder, SampledLayers
+from bayeslora.lora_samples import OPEN, LayerSamples, NotBatched
+from bayeslora.posterior_batched import SampledLayers
 
 PROMPT = torch.randint(3, 50, (2, 5), generator=torch.Generator().manual_seed(0))
 SEEDS = [7, 2**64 - 3, 11]
@@ -51,6 +54,7 @@ def _base(kind):
     if kind == "gpt2":
         config = GPT2Config(
             vocab_size=50,
+            n_positions=64,
             n_embd=32,
             n_layer=2,
             n_head=4,
@@ -96,7 +100,7 @@ def _state(model):
 
 def _unchanged(model, before):
     held = all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-    return held and not any(SLOT in module.__dict__ for module in model.modules())
+    return held and not OPEN.any and not OPEN.by_thread
 
 
 def _lines(caplog):
@@ -120,13 +124,13 @@ def test_predict_is_one_pass_a_sample(kind, caplog):
     batch = {"input_ids": PROMPT, "attention_mask": torch.ones_like(PROMPT)}
     expected = _in_turn(posterior, lambda: model(**batch).logits.softmax(-1))
     assert (expected[0] - expected[1]).abs().max() > 0.05  # samples that differ, or the test sees nothing
-    calls = []
-    model.register_forward_hook(lambda *_: calls.append(1))
+    rows = []
+    model.register_forward_hook(lambda *call: rows.append(len(call[-1].logits)))
     with caplog.at_level(logging.INFO, "bayeslora"):
         found = posterior.predict(batch, seeds=SEEDS, batched=True, average=False)
-    assert len(calls) == 1 and not _lines(caplog)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     averaged = posterior.predict(batch, seeds=SEEDS, batched=True)
+    assert rows == [1, 4, 6, 6] and not _lines(caplog)  # the probe's two passes, once, and a pass each
     torch.testing.assert_close(averaged, expected.mean(0), rtol=1e-4, atol=1e-5)
     assert _unchanged(model, before)
 
@@ -183,9 +187,74 @@ def test_a_tensor_that_is_not_a_row_a_sequence_makes_samples_take_turns(caplog):
     assert "samples run one after another" in _lines(caplog)[0]
 
 
+class _OneImage(nn.Module):
+    """Reads an image for the prompts that name it, as vision-language models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(8, 5)
+
+    def forward(self, prompts, image):
+        named = prompts[..., 0] > 0
+        seen = torch.zeros(*prompts.shape[:2], 5)
+        seen[named] = self.proj(image)[: int(named.sum())].expand(int(named.sum()), -1)
+        return self.proj(prompts) + 3 * seen
+
+
+def test_an_image_among_several_prompts_is_not_for_all(caplog):
+    posterior = _posterior(_OneImage(), ["proj"], task=None)
+    prompts = -torch.rand(2, 3, 8, generator=torch.Generator().manual_seed(0))
+    prompts[1, 2, 0] = 1.0
+    batch = {"prompts": prompts, "image": torch.ones(1, 8)}
+    expected = _in_turn(posterior, lambda: posterior.model(**batch).softmax(-1))
+    with caplog.at_level(logging.INFO, "bayeslora"):
+        found = posterior.predict(batch, seeds=SEEDS, batched=True, average=False)
+    torch.testing.assert_close(found, expected)
+    assert "image has shape (1, 8) for 2 sequences" in _lines(caplog)[0]
+
+
+def _cached(model, tokens):
+    """Return the cache of a prefix, and the name that this transformers has for it."""
+    with torch.no_grad():
+        cache = model(input_ids=tokens, use_cache=True).past_key_values
+    names = inspect.signature(model.get_base_model().forward).parameters
+    return ("cache" if "cache" in names else "past_key_values"), cache
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_every_sample_finds_the_cache_of_the_caller(llama, batched):
+    name, cache = _cached(llama.model.eval(), PROMPT[:, :3])
+
+    def own():
+        return llama.model(input_ids=PROMPT[:, 3:], **{name: copy.deepcopy(cache)}).logits.softmax(-1)
+
+    expected = _in_turn(llama, own)
+    batch = {"input_ids": PROMPT[:, 3:], name: cache}
+    found = llama.predict(batch, seeds=SEEDS, average=False, batched=batched)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert cache.get_seq_length() == 3
+
+
+def test_generation_goes_on_from_a_copy_of_the_callers_cache(llama):
+    name, cache = _cached(llama.model.eval(), PROMPT[:, :3])
+    settings = {"max_new_tokens": 4, "do_sample": False}
+
+    def own():
+        return llama.model.generate(input_ids=PROMPT, **{name: copy.deepcopy(cache)}, **settings)
+
+    expected = _in_turn(llama, own)
+    found = llama.generate(PROMPT, seeds=SEEDS, **{name: cache}, **settings)
+    assert torch.equal(found[:, :, 0], expected) and cache.get_seq_length() == 3
+
+
+def test_what_a_sample_cannot_get_a_copy_of_is_refused(llama):
+    with pytest.raises(TypeError, match="each sample needs a copy of marker, a lock"):
+        llama.predict({"input_ids": PROMPT, "marker": threading.Lock()}, 2)
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3, "num_return_sequences": 2}], ids=["greedy", "beams"])
-def test_generate_is_one_generate_a_sample(kind, how):
+def test_generate_is_one_generate_a_sample(kind, how, caplog):
     posterior = _of_kind(kind)
     model = posterior.model
     before = _state(model)
@@ -198,8 +267,9 @@ def test_generate_is_one_generate_a_sample(kind, how):
 
     expected = _in_turn(posterior, padded)
     assert not torch.equal(expected[0], expected[1])
-    found = posterior.generate(PROMPT, seeds=SEEDS, **settings)
-    assert found.shape[:3] == (3, 2, k)
+    with caplog.at_level(logging.INFO, "bayeslora"):
+        found = posterior.generate(PROMPT, seeds=SEEDS, **settings)
+    assert found.shape[:3] == (3, 2, k) and not _lines(caplog)
     assert torch.equal(nn.functional.pad(found, (0, 14 - found.shape[-1])), expected)
     assert _unchanged(model, before)
 
@@ -236,6 +306,25 @@ def test_a_configuration_that_asks_for_a_dict_gives_the_tokens(llama):
     config.update(return_dict_in_generate=True, output_scores=True, max_new_tokens=3)
     for batched in (True, False):
         assert torch.equal(llama.generate(PROMPT, 2, generation_config=config, batched=batched), expected)
+
+
+def test_the_configuration_says_how_many_sequences(llama):
+    config = GenerationConfig(num_beams=3, num_return_sequences=2, max_new_tokens=3, pad_token_id=0)
+    expected = _in_turn(llama, lambda: llama.model.generate(input_ids=PROMPT, generation_config=config))
+    for batched in (True, False):
+        found = llama.generate(PROMPT, seeds=SEEDS, generation_config=config, batched=batched)
+        assert torch.equal(found.flatten(1, 2), expected)
+    assert llama.generate(PROMPT, 2, num_return_sequences=3, generation_config=config).shape[2] == 3
+
+
+def test_the_last_position_of_a_model_is_enough_for_one_token(caplog):
+    posterior = _of_kind("gpt2")
+    length = posterior.model.config.max_position_embeddings
+    prompt = torch.randint(3, 50, (1, length), generator=torch.Generator().manual_seed(0))
+    with caplog.at_level(logging.INFO, "bayeslora"):
+        found = posterior.generate(prompt, 2, max_new_tokens=1)
+    assert not _lines(caplog)
+    assert torch.equal(found, posterior.generate(prompt, 2, max_new_tokens=1, batched=False))
 
 
 def test_shorter_answers_end_in_the_models_padding_under_another_configuration(llama):
@@ -278,6 +367,7 @@ def test_memory_that_runs_out_halves_the_chunk(llama, caplog):
     handle = model.register_forward_pre_hook(refuse, with_kwargs=True)
     try:
         expected = llama.predict({"input_ids": PROMPT}, 5, average=False)
+        llama.predict({"input_ids": PROMPT}, 1, batched=True)
         rows.clear()
         with caplog.at_level(logging.INFO, "bayeslora"):
             found = llama.predict({"input_ids": PROMPT}, 5, batched=True, average=False)
@@ -369,7 +459,7 @@ def test_an_adapter_switched_within_the_pass_is_not_sampled():
     posterior = _of_kind("llama")
     model = posterior.model
     model.add_adapter("other", model.peft_config["default"])
-    with torch.no_grad(), SampledLayers(posterior).active(SEEDS, 1.0, len(SEEDS)):
+    with torch.no_grad(), SampledLayers(posterior).active(SEEDS, 1.0):
         model(input_ids=PROMPT[:1].expand(len(SEEDS), -1))
         model.set_adapter("other")
         with pytest.raises(NotBatched, match="does not serve"):
@@ -488,9 +578,7 @@ def test_a_compiled_model_is_one_graph_and_takes_new_samples(llama):
 def test_samples_are_kept_where_they_are_few_and_their_rows_too(samples, rows, rank, kept):
     a, b = torch.zeros(rank, 64), torch.zeros(64, rank)
     index = torch.zeros(samples, dtype=torch.int64)
-    layer = LayerSamples(
-        "default", a, b, Perturbation(a, b, index, index, 0, 1), torch.float32, RowOrder(samples, samples)
-    )
+    layer = LayerSamples("default", a, b, Perturbation(a, b, index, index, 0, 1), torch.float32)
     assert layer._keeps(torch.zeros(samples, rows, 64), torch.zeros(64, 64)) == kept
 
 

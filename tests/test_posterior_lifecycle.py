@@ -204,8 +204,15 @@ def test_an_adapter_that_is_not_in_use_is_refused(kind, posterior):
                 call()
         back("default")
     torch.testing.assert_close(posterior.predict(batch, 2), wanted)
-    with model.disable_adapter(), torch.no_grad():
-        torch.testing.assert_close(posterior.predict(batch, 2), model(TOKENS).logits.softmax(-1))
+    with model.disable_adapter(), pytest.raises(ValueError, match="adapters are disabled"):
+        posterior.predict(batch, 2)
+    model.base_model.merge_adapter(["other"])  # PEFT then leaves out what is active
+    with pytest.raises(ValueError, match="'other' is merged, so samples of 'default'"):
+        posterior.predict(batch, 2)
+    model.unmerge_adapter()
+    model.merge_and_unload()
+    with pytest.raises(ValueError, match="no longer in the model"):
+        posterior.predict(batch, 2)
 
 
 def test_an_adapter_of_the_mean_a_sample_and_an_average(posterior):
