@@ -122,7 +122,7 @@ class BucketStore:
             for slot, name in ((STEP, "step"), (SKIPPED, "skipped"), (DRAWS, "draws")):
                 bucket.control[slot] = groups[0].get(name, 0)
             powers = [group.get("beta1_power", 1.0) for group in groups]
-            bucket.beta1_power.copy_(torch.tensor(powers, dtype=torch.float64))
+            bucket.beta1_power.copy_(torch.tensor(powers, dtype=torch.float64, device="cpu"))
             bucket.hess.fill_(1.0)
             for i, p in enumerate(params):
                 self._place(bucket, i, p)

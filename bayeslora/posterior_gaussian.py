@@ -106,7 +106,11 @@ def prune_gaussians(
         hess = g.hess.view(-1)
         if g.hess.dim() >= 2:
             # Within a tensor the variance falls with h; what is pruned already (h = inf) ranks first.
-            rank = hess if order is None else torch.rand(hess.shape, generator=order).to(hess.device)
+            rank = (
+                hess
+                if order is None
+                else torch.rand(hess.shape, generator=order, device=order.device).to(hess.device)
+            )
             rank = torch.where(torch.isinf(hess), -math.inf, rank)
             chosen = torch.argsort(rank, stable=True)[: math.floor(ratio * hess.numel())]
             hess[chosen] = math.inf

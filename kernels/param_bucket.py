@@ -181,7 +181,7 @@ class ParamBucket:
                 for i, j in changed:
                     self.hyper[i, j].fill_(values[i][j])
                 return
-        host = torch.tensor(values, dtype=torch.float64)
+        host = torch.tensor(values, dtype=torch.float64, device="cpu")
         if self.device.type == "cuda":
             host = host.pin_memory()
         self.hyper.copy_(host, non_blocking=True)
@@ -234,8 +234,8 @@ class ParamBucket:
             rows.append(row)
             tile_tensor += [i] * ((offset % 4 + param.numel() + BLOCK - 1) // BLOCK)
         return (
-            torch.tensor(rows, dtype=torch.int64).to(self.device),
-            torch.tensor(tile_tensor, dtype=torch.int32).to(self.device),
+            torch.tensor(rows, dtype=torch.int64, device="cpu").to(self.device),
+            torch.tensor(tile_tensor, dtype=torch.int32, device="cpu").to(self.device),
         )
 
     def grad_rows(self, grads: DenseGrads, active: Sequence[bool] | None) -> tuple[Tensor, bool]:
@@ -268,7 +268,7 @@ class ParamBucket:
     ) -> _GradTable:
         updated = [dtype is not None for dtype in dtypes] if active is None else list(active)
         codes = [0 if dtype is None else DTYPE_CODES[dtype] for dtype in dtypes]
-        table = torch.tensor([pointers, codes, updated], dtype=torch.int64).t().contiguous()
+        table = torch.tensor([pointers, codes, updated], dtype=torch.int64, device="cpu").t().contiguous()
         aligned = all(pointer % 16 == 0 for pointer in pointers)
         kept = None if active is None else updated
         return _GradTable(pointers, dtypes, kept, self._upload(table), aligned)
