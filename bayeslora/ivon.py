@@ -26,7 +26,7 @@ from bayeslora.ivon_distributed import average_over_ranks, check_engine, check_n
 from bayeslora.ivon_prior import GaussianPrior
 from bayeslora.ivon_samples import EVAL_DRAWS, Noise, StepSamples
 from bayeslora.ivon_setup import is_watched, like_adamw, take_defaults, watch
-from bayeslora.ivon_state import STATE_KEYS, BucketStore
+from bayeslora.ivon_state import STATE_KEYS, BucketStore, ties_of
 from bayeslora.kernels.param_bucket import ParamBucket, state_dtype
 from bayeslora.posterior_gaussian import GaussianParameter, learned_gaussians
 
@@ -79,7 +79,8 @@ class IVON(torch.optim.Optimizer):
     weights and gradients 16 in all, where AdamW takes 8 with bf16 state and 20 with an fp32 master copy;
     with fp32 weights 20 against AdamW's 16. Several samples a step, or ranks with samples of their own, take
     8 more. Noise is a pure function of ``(seed, draw, tensor, element)``: it is never stored, and does not
-    depend on torch's global generators.
+    depend on torch's global generators. Parameters over one memory (PEFT's ``ensure_weight_tying``),
+    transposed or not, have one state and one noise, and their gradients add up.
 
     Args:
         params: parameters or parameter groups. Each group may set ``lr``, ``ess``, ``hess_init``,
@@ -111,8 +112,8 @@ class IVON(torch.optim.Optimizer):
             Takes 24 bytes a parameter more. It is not part of ``state_dict()``: pass it again to resume.
 
     Raises:
-        ValueError: an argument is out of range, the parameters belong to DeepSpeed or FSDP1, or ``prior`` is
-            pruned or lacks a trained parameter.
+        ValueError: an argument is out of range, parameters share a part of their memory or belong to
+            DeepSpeed or FSDP1, or ``prior`` is pruned or lacks a trained parameter.
         TypeError: a parameter is not a floating-point tensor, or ``prior`` is not an IVON posterior.
     """
 
@@ -162,6 +163,7 @@ class IVON(torch.optim.Optimizer):
         }
         check_group(defaults)
         super().__init__(params, defaults)
+        ties_of(self.param_groups)
 
     @classmethod
     def like_adamw(
@@ -231,7 +233,7 @@ class IVON(torch.optim.Optimizer):
     def _reset_samples(self) -> None:
         self._from_context = False  # the pending sample came from sampled_params, not train()
         self._wrapping_closure = self._cleared = False
-        self._store = BucketStore(self, self._check_params)
+        self._store = BucketStore(self)
         self._samples = StepSamples(self._store)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -251,6 +253,8 @@ class IVON(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             self._check_added(self.param_groups[-1])
+            if self._given:
+                ties_of(self.param_groups)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -610,7 +614,7 @@ class IVON(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._wrapping_closure = self._cleared = False
-        self._store = BucketStore(self, self._check_params)
+        self._store = BucketStore(self)
         # Absent where torch's load_state_dict comes here, with the groups and their state alone.
         self._samples = StepSamples(self._store, *state.get("_samples", ()))
         self._given = {id(p) for group in self.param_groups for p in group["params"]}

@@ -163,6 +163,8 @@ class StepSamples:
             self.active.update(s for s, g in zip(bucket.streams, grads, strict=True) if g is not None)
             for p in bucket.owners:
                 p.grad = None
+            for _, p, _ in bucket.tied:
+                p.grad = None
         self.pending = None
 
     def check_folded(self, buckets: list[ParamBucket]) -> None:

@@ -41,6 +41,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bayeslora.ivon_distributed import whole
+from bayeslora.ivon_state import ties_of
 from bayeslora.kernels.param_bucket import ParamBucket
 
 if TYPE_CHECKING:
@@ -156,12 +157,13 @@ _SUMS = ("setup_seen", "setup_grad_sq", "setup_curvature", "setup_gap", "setup_g
 def _signal(groups: Sequence[Group]) -> float:
     """Return the root mean square of the perturbed weights, of tensors that are not all zero."""
     squares = count = 0.0
-    for group in groups:
-        for p in group["params"]:
-            if p.requires_grad and group.get("perturb", True):
-                square = float(whole(p.detach()).double().square().sum())
-                squares += square
-                count += p.numel() if square > 0.0 else 0
+    ties = ties_of(groups)
+    every = [(p, group) for group in groups for p in group["params"]]
+    for i, (p, group) in enumerate(every):
+        if i not in ties and p.requires_grad and group.get("perturb", True):
+            square = float(whole(p.detach()).double().square().sum())
+            squares += square
+            count += p.numel() if square > 0.0 else 0
     if not 0.0 < squares < math.inf:
         raise ValueError(
             "like_adamw takes the posterior's scale from the weights' own, and those given are all zero (or "

@@ -115,6 +115,7 @@ class ParamBucket:
     ) -> None:
         self.params = list(params)
         self.owners = self.params  # whose gradients belong to them: DTensors, where these are local shards
+        self.tied: list[tuple[int, Tensor, Any]] = []  # index, another parameter over its memory, and how
         self.streams = list(streams)
         self.param_groups = list(param_groups)
         self.element_offsets = list(element_offsets or [0] * len(self.params))
