@@ -252,9 +252,18 @@ def check_engine(params: Sequence[Tensor], independent: bool) -> None:
     """Refuse parameters of engines that IVON cannot train correctly.
 
     Raises:
-        ValueError: they belong to DeepSpeed ZeRO or FSDP1, or are shards of a kind, or with
-            ``sync="independent"``.
+        ValueError: they are on the meta device, belong to DeepSpeed ZeRO or FSDP1, or are shards of a kind,
+            or with ``sync="independent"``.
+        TypeError: one is not a floating-point tensor.
     """
+    for p in params:
+        if not p.is_floating_point():
+            raise TypeError(f"params must be floating-point tensors, got one of dtype {p.dtype}")
+        if p.is_meta:
+            raise ValueError(
+                f"a parameter of shape {tuple(p.shape)} is on the meta device and has no values; load the "
+                "weights first (PEFT's low_cpu_mem_usage=True leaves an adapter so until they come)"
+            )
     deepspeed = any(hasattr(p, "ds_id") for p in params)
     if deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1"):
         raise ValueError(

@@ -18,10 +18,7 @@ from torch import Tensor
 from bayeslora._backend import ivon_kernels
 from bayeslora.ivon_distributed import agree_on_nonfinite
 from bayeslora.ivon_state import BucketStore, dense_grads
-from bayeslora.kernels.param_bucket import ParamBucket
-
-EVAL_DRAWS = 1 << 31
-"""Draws from here on belong to evaluation; training draws count from 1."""
+from bayeslora.kernels.param_bucket import DenseGrads, ParamBucket
 
 
 @dataclass(frozen=True)
@@ -147,25 +144,39 @@ class StepSamples:
         assert self.pending is not None
         buckets = self._store.within_step()
         self.check_folded(buckets)
+        grads = self._dense_grads(buckets)
         self.folded += 1
         self._folded_in = buckets
-        for bucket in buckets:
-            grads = dense_grads(bucket)
+        for bucket, of_bucket in zip(buckets, grads, strict=True):
             self._store.set_hyper(bucket, 1.0, rescale_lr)
             ivon_kernels(bucket.device).ivon_fold(
                 bucket,
-                grads,
+                of_bucket,
                 seed=self.pending.seed,
                 draw=self.pending.draw,
                 count=self.folded,
                 price=price,
             )
-            self.active.update(s for s, g in zip(bucket.streams, grads, strict=True) if g is not None)
+            self.active.update(s for s, g in zip(bucket.streams, of_bucket, strict=True) if g is not None)
             for p in bucket.owners:
                 p.grad = None
             for _, p, _ in bucket.tied:
                 p.grad = None
         self.pending = None
+
+    def _dense_grads(self, buckets: list[ParamBucket]) -> list[DenseGrads]:
+        """Return the gradients of all buckets.
+
+        Raises:
+            RuntimeError: one is sparse. Where the parameters hold the mean again, so that no other gradient
+                can be taken at the sample, the step is forgotten.
+        """
+        try:
+            return [dense_grads(bucket) for bucket in buckets]
+        except RuntimeError:
+            if self.held is None:
+                self.forget()
+            raise
 
     def check_folded(self, buckets: list[ParamBucket]) -> None:
         """Check that the running means are those of ``buckets``.
@@ -204,7 +215,7 @@ class StepSamples:
             grad_scale: what a ``GradScaler`` has multiplied the gradients with, or None.
             found_inf: a ``GradScaler``'s own finding, which decides instead of ``skip_nonfinite``, or None.
         """
-        grads = [None if averaged else dense_grads(bucket) for bucket in buckets]
+        grads = [None] * len(buckets) if averaged else self._dense_grads(buckets)
         check = skip_nonfinite and found_inf is None
         together = check and (len(buckets) > 1 or bool(self._store.shard_groups))
         if together:

@@ -87,6 +87,9 @@ def test_the_state_resumes_exactly():
     resumed.load_state_dict(saved[1])
     _run([again, tied], lambda: _loss(again, tied), steps=2, opt=resumed)
     assert torch.equal(again, w)
+    saved[1]["state"][1]["hess"] = 2.0 * saved[1]["state"][1]["hess"]
+    with pytest.raises(ValueError, match="parameters 0 and 1 share one memory, but their 'hess' differ"):
+        resumed.load_state_dict(saved[1])
 
 
 @pytest.mark.parametrize(
