@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bayeslora._backend import untraced
+from bayeslora.interrupts import uninterrupted
 from bayeslora.ivon_checks import EVAL_DRAWS, check_group, check_settings, say_flat_prior
 from bayeslora.ivon_distributed import average_over_ranks, check_engine, check_not_replaced, draws_own_noise
 from bayeslora.ivon_groups import ParamGroup
@@ -300,25 +301,27 @@ class IVON(SavedState):
                 "(the training seed is IVON(..., seed=...))"
             )
         samples = self._samples
-        if self._wrapping_closure:  # step(closure) has drawn this sample already
+        if self._wrapped is not None and self._wrapped is samples.held:  # step(closure) has drawn it already
             yield
             return
-        if samples.held is not None:
+        if samples.held:
             raise RuntimeError(
                 "sampled_params(train=True) while a sample is in the parameters; "
                 "use either the context manager or opt.train(), one sample at a time"
             )
         if samples.pending is not None:
             self._fold()
-        self._draw()
-        self._from_context = True
         try:
-            yield
+            try:
+                self._from_context = True
+                self._draw()
+                yield
+            finally:
+                self._show(None)
         except BaseException:
-            self._show(None)
+            self._put_back(None)
             samples.forget()
             raise
-        self._show(None)
 
     @contextmanager
     def _evaluation_sample(self, seed: int | None, variance_scale: float) -> Iterator[None]:
@@ -333,12 +336,21 @@ class IVON(SavedState):
             self._eval_draws += 1
         else:
             noise = Noise(seed, 0, variance_scale)
-        before = self._samples.held
-        self._show(noise)
+        before = self._samples.held or None
         try:
-            yield
-        finally:
-            self._show(before)
+            try:
+                self._show(noise)
+                yield
+            finally:
+                self._show(before)
+        except BaseException:
+            self._put_back(before)
+            raise
+
+    def _put_back(self, noise: Noise | None) -> None:
+        """Show what was there before a context, where an exception may have cut that short."""
+        with uninterrupted():
+            self._show(noise)
 
     def train(self) -> None:
         """Put this step's training sample into the parameters (the same one until ``step()``).
@@ -348,11 +360,11 @@ class IVON(SavedState):
         Raises:
             RuntimeError: a parameter was moved, cast, frozen or added since an earlier sample of this step.
         """
-        if self._samples.held is not None:
+        if self._samples.held:
             return
         if self._samples.pending is None:
-            self._draw()
             self._from_context = False
+            self._draw()
         else:
             self._show(self._samples.pending)
 
@@ -460,13 +472,13 @@ class IVON(SavedState):
         earlier = self._gradient_before()
         self._note_cleared(False)
         for _ in range(self.mc_samples):
-            drawn = self._samples.held is not None  # by opt.train()
+            drawn = bool(self._samples.held)  # by opt.train()
             with nullcontext() if drawn else self.sampled_params(train=True), torch.enable_grad():
-                self._wrapping_closure = True
                 try:
+                    self._wrapped = self._samples.held
                     losses.append(closure())
                 finally:
-                    self._wrapping_closure = False
+                    self._wrapped = None
                 kept = earlier is not None and earlier[0].grad is earlier[1] and not self._cleared
                 if kept and earlier and earlier[2]:  # read here, in the case that is in doubt
                     raise RuntimeError(
@@ -482,7 +494,7 @@ class IVON(SavedState):
     @untraced
     def _gradient_before(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """Return a parameter with a gradient of before this step's sample, it, and whether it is not zero."""
-        if self._samples.held is not None or self._samples.pending is not None:
+        if self._samples.held or self._samples.pending is not None:
             return None
         for group in self.param_groups:
             for p in group["params"]:
@@ -561,7 +573,7 @@ class IVON(SavedState):
 
     def _started_state(self) -> Mapping[Any, Any]:
         """Return ``state``, with that of parameters that have none yet at its start."""
-        self._store.within_step() if self._samples.held is not None else self._store.current()
+        self._store.within_step() if self._samples.held else self._store.current()
         return self.state
 
     def __repr__(self) -> str:

@@ -11,7 +11,7 @@ import torch
 from bayeslora._backend import untraced
 from bayeslora.ivon_checks import check_saved_state
 from bayeslora.ivon_groups import ParamGroup
-from bayeslora.ivon_samples import StepSamples
+from bayeslora.ivon_samples import MIXED, StepSamples
 from bayeslora.ivon_setup import take_defaults
 from bayeslora.ivon_state import BucketStore
 
@@ -40,12 +40,15 @@ class SavedState(torch.optim.Optimizer):
         """Begin with what lies in ``param_groups`` and ``state``."""
         self.param_groups = [ParamGroup(group, self) for group in self.param_groups]
         self._given = {id(p) for group in self.param_groups for p in group["params"]}
-        self._wrapping_closure = self._cleared = False
+        self._wrapped: Any = None  # the sample that step(closure) has drawn for its closure
+        self._cleared = False
         self._own_gradients_checked = False
         self._store = BucketStore(self)
         self._samples = StepSamples(self._store, *samples)
 
     def _write_counters(self: Any) -> None:
+        if self._samples.held is MIXED:
+            self._show(None)
         self._store.write_counters()
         for group in self.param_groups:
             group.update(

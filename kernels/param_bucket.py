@@ -138,6 +138,20 @@ class ParamBucket:
         self.hyper_key: Any = None  # what the optimizer made the table from
         self.launches: dict[Any, tuple[Tensor | None, Any]] = {}  # by the kernels: table, bound launch
 
+    def apart(self) -> ParamBucket:
+        """Return a bucket of the same state over other tensors, to draw a sample beside the parameters."""
+        other = ParamBucket(
+            [torch.empty_like(p) for p in self.params],
+            self.streams,
+            self.param_groups,
+            self.element_offsets,
+            with_momentum=False,
+            num_groups=self.num_groups,
+        )
+        other.mean, other.hess, other.control, other.hyper = self.mean, self.hess, self.control, self.hyper
+        other._hyper_values = self._hyper_values
+        return other
+
     def _lay_out(self) -> tuple[list[int], int]:
         starts, end = [], 0
         for param, offset in zip(self.params, self.element_offsets, strict=True):
@@ -173,7 +187,6 @@ class ParamBucket:
         before = self._hyper_values
         if values == before:
             return
-        self._hyper_values = values
         if before is not None:
             changed = [
                 (i, j) for i, row in enumerate(values) for j, value in enumerate(row) if value != before[i][j]
@@ -181,11 +194,13 @@ class ParamBucket:
             if len(changed) <= _FEW_CHANGES:  # a scheduled learning rate: no pinned memory
                 for i, j in changed:
                     self.hyper[i, j].fill_(values[i][j])
+                self._hyper_values = values
                 return
         host = torch.tensor(values, dtype=torch.float64, device="cpu")
         if self.device.type == "cuda":
             host = host.pin_memory()
         self.hyper.copy_(host, non_blocking=True)
+        self._hyper_values = values  # after the copy: an interrupt may come between
 
     def hyper_values(self) -> list[list[float]]:
         """Return the hyperparameter table as it was last set (the twin reads it on the host)."""

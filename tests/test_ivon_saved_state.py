@@ -243,3 +243,30 @@ def test_names_of_parameters_are_kept_as_torch_keeps_them(saved):
     opt = IVON(model.named_parameters(), lr=0.1, ess=50.0)
     opt.load_state_dict(saved)
     assert opt.param_groups[0]["param_names"] == [name for name, _ in model.named_parameters()]
+
+
+# ---- weights saved at a sample -------------------------------------------------------------------
+
+
+def _saved_at_a_sample(dtype, nudged):
+    """Weights and state saved inside a step, with ``nudged`` elements rounded to the other side."""
+    weight = nn.Parameter(torch.randn(20_000, generator=torch.Generator().manual_seed(0)).to(dtype))
+    opt = IVON([weight], lr=0.1, ess=1e4, hess_init=0.1)
+    mean = weight.detach().clone()
+    opt.train()
+    sample = weight.detach().clone()
+    bits = sample.view(torch.int16)
+    bits[:nudged] += 1  # the next number away from zero
+    return mean, sample, copy.deepcopy(opt.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("nudged", "known"), [(3, True), (2_000, False)])
+def test_a_half_precision_sample_of_another_device_is_known(dtype, nudged, known):
+    """Devices differ in the last bits of the noise, and now and then a sample is rounded the other way."""
+    mean, sample, state = _saved_at_a_sample(dtype, nudged)
+    weight = nn.Parameter(sample.clone())
+    opt = IVON([weight], lr=0.1, ess=1e4, hess_init=0.1)
+    opt.load_state_dict(state)
+    opt.eval()
+    assert torch.equal(weight, mean if known else sample)
