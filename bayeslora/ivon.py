@@ -5,9 +5,10 @@ Papers: Shen et al., "Variational learning is effective for large deep networks"
 
 Here are the public class and the two protocols of training with it. Beside it lie the samples of a step
 (``ivon_samples.py``), the state (``ivon_state.py``), saving and loading (``ivon_saving.py``), the checks of
-arguments and saved states (``ivon_checks.py``), parameter groups (``ivon_groups.py``), the choice of
-hyperparameters (``ivon_setup.py``), an earlier task's posterior as the prior (``ivon_prior.py``) and several
-processes (``ivon_distributed.py``).
+arguments and saved states (``ivon_checks.py``), parameter groups (``ivon_groups.py``), warnings of skipped
+steps (``ivon_skips.py``), steps as CUDA graphs (``ivon_recording.py``), the choice of hyperparameters
+(``ivon_setup.py``), an earlier task's posterior as the prior (``ivon_prior.py``) and several processes
+(``ivon_distributed.py``).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from bayeslora.ivon_checks import EVAL_DRAWS, check_group, check_settings, say_f
 from bayeslora.ivon_distributed import average_over_ranks, check_engine, check_not_replaced, draws_own_noise
 from bayeslora.ivon_groups import ParamGroup
 from bayeslora.ivon_prior import GaussianPrior
+from bayeslora.ivon_recording import RecordedSteps
 from bayeslora.ivon_samples import Noise
 from bayeslora.ivon_saving import SavedState
 from bayeslora.ivon_setup import is_watched, like_adamw, watch
@@ -41,7 +43,7 @@ _OF_ALL = ("mc_samples", "hess_approx", "sync", "debias", "rescale_lr", "seed", 
 """Settings that no group has of its own."""
 
 
-class IVON(SavedState):
+class IVON(SavedState, RecordedSteps):
     r"""Improved Variational Online Newton: trains the mean and variance of a diagonal Gaussian posterior.
 
     With λ = ``ess``, δ = ``weight_decay``, z ~ N(0, I) and g the gradient at the sample θ::
@@ -424,8 +426,8 @@ class IVON(SavedState):
             RuntimeError: no sample was drawn since the last step, so the gradients were not taken at one, or
                 there were gradients before the closure's; a gradient is sparse; a parameter was moved, cast,
                 frozen or added between two samples of the step; ``GradScaler.unscale_`` has seen only the
-                last of several samples; or, with ``sync="independent"``, the ranks' gradients were averaged
-                before.
+                last of several samples; with ``sync="independent"``, the ranks' models differ, or their
+                gradients were averaged before; or about 2^31 samples were drawn (the update is then made).
         """
         loss = None if closure is None else self._run_closure(closure)
         self._finish_step()
@@ -445,6 +447,8 @@ class IVON(SavedState):
             )
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if found_inf is not None:
+            self._skips.scaled = True
         buckets = self._store.within_step()
         self._samples.check_folded(buckets)
         watched = is_watched(self.param_groups[0])
@@ -464,7 +468,7 @@ class IVON(SavedState):
             grad_scale=grad_scale,
             found_inf=found_inf,
         )
-        if not any(bucket.recording for bucket in buckets):
+        if not (buckets and buckets[0].recording):
             self.count_step()
 
     def _run_closure(self, closure: Callable[[], Any]) -> Any:
@@ -521,45 +525,7 @@ class IVON(SavedState):
             self._samples.active = {stream for bucket in buckets for stream in bucket.streams}
         return True
 
-    # ---- CUDA graphs (see capture.py) ------------------------------------------------------------
-
-    def refresh_hyperparameters(self) -> list[ParamBucket]:
-        """Bring the groups' current hyperparameters to the device, for a recorded step to read.
-
-        Returns:
-            The buckets: another list than before if a recorded step's memory is no longer in use.
-        """
-        buckets = self._store.current() if self._samples.held is None else self._store.within_step()
-        for bucket in buckets:
-            self._store.set_hyper(bucket, 1.0, self.rescale_lr)
-        return buckets
-
-    @property
-    def watches_next_step(self) -> bool:
-        """Whether the next step decides hyperparameters (:meth:`like_adamw`), and so cannot be recorded."""
-        return is_watched(self.param_groups[0])
-
-    def count_step(self) -> None:
-        """Count a step for :meth:`like_adamw`; a replayed graph does not run :meth:`step`."""
-        if "setup_step" in self.param_groups[0]:
-            self.param_groups[0]["setup_step"] += 1
-
-    def prepare_capture(self) -> None:
-        """Make ready for one step to be recorded in a CUDA graph; :meth:`finish_capture` follows it."""
-        for bucket in self.refresh_hyperparameters():
-            bucket.prepare_capture()
-
-    def finish_capture(self, recorded: bool) -> list[Tensor | None]:
-        """Return the tables that the recorded step reads, to be kept with the graph.
-
-        Args:
-            recorded: whether recording succeeded. If not, the mean is put back and the step forgotten.
-        """
-        tables = [bucket.finish_capture() for bucket in self._store.within_step()]
-        if not recorded:
-            self._show(None)
-            self._samples.forget()
-        return tables
+    # ---- what has been learned ---------------------------------------------------------------------
 
     @property
     def skipped_steps(self) -> int:
@@ -570,6 +536,15 @@ class IVON(SavedState):
     def current_step(self) -> int:
         """Steps taken so far, as ``ivon-opt`` calls them. Reading it waits for the device."""
         return self._store.counters()[0]
+
+    def _report_skipped(self, final: bool = False) -> None:
+        """Log how many steps were skipped, if any."""
+        steps, skipped, _ = self._store.counters()
+        self._skips.close(steps, skipped, final)
+
+    def _skipped_share(self) -> float:
+        steps, skipped, _ = self._store.counters()
+        return skipped / max(steps + skipped, 1)
 
     def _started_state(self) -> Mapping[Any, Any]:
         """Return ``state``, with that of parameters that have none yet at its start."""
@@ -589,10 +564,13 @@ class IVON(SavedState):
         self.eval()
         self._started_state()
         self._store.reshard()
+        self._report_skipped()
         return learned_gaussians(self.param_groups, self.state)
 
     def posterior(self, model: nn.Module) -> Posterior:
         """Return the posterior that this optimizer has learned; same as :meth:`Posterior.from_optimizer`.
+
+        The log says so where no step was taken yet, or steps were skipped.
 
         Args:
             model: the model that the optimizer trains. Its parameters are left at the mean.

@@ -13,6 +13,7 @@ from bayeslora.ivon_checks import check_saved_state
 from bayeslora.ivon_groups import ParamGroup
 from bayeslora.ivon_samples import MIXED, StepSamples
 from bayeslora.ivon_setup import take_defaults
+from bayeslora.ivon_skips import SkipWatch
 from bayeslora.ivon_state import BucketStore
 
 _PICKLED = (
@@ -45,6 +46,7 @@ class SavedState(torch.optim.Optimizer):
         self._own_gradients_checked = False
         self._store = BucketStore(self)
         self._samples = StepSamples(self._store, *samples)
+        self._skips = SkipWatch(self.param_groups[0])
 
     def _write_counters(self: Any) -> None:
         if self._samples.held is MIXED:

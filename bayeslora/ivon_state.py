@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
 from typing import Any
@@ -173,6 +173,11 @@ class BucketStore:
             return control[STEP], control[SKIPPED], control[DRAWS]
         group = self._optimizer.param_groups[0]
         return group.get("step", 0), group.get("skipped", 0), group.get("draws", 0)
+
+    def show_counters(self, look: Callable[[Tensor], None]) -> None:
+        """Let ``look`` see the counters where they are, on the device."""
+        if self._buckets:
+            look(self._buckets[0].control)
 
     def write_counters(self) -> None:
         """Copy the device's counters into the parameter groups, where ``state_dict`` finds them."""
