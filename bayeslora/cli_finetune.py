@@ -312,7 +312,7 @@ def _measure(
 
     if not encoded:
         return {}
-    labels = torch.tensor([question.answer for question in encoded])
+    labels = torch.tensor([question.answer for question in encoded], device="cpu")
     ways: dict[str, dict[str, Any]] = {"mean": {}}
     if posterior is not None and num_samples:
         ways[f"{num_samples} samples"] = {"posterior": posterior, "num_samples": num_samples, **how}

@@ -253,7 +253,7 @@ class _Bench:
     def measure(self, name: str, trained: TrainResult, **how: Any) -> str:
         self.notice(f"measuring {name}")
         probs = predict(self.model, self.test_set, pad_token_id=self.pad, on_progress=self.on_progress, **how)
-        labels = torch.tensor([question.answer for question in self.test_set])
+        labels = torch.tensor([question.answer for question in self.test_set], device="cpu")
         self.rows.append(
             DemoRow(name, **metrics.summary(probs, labels), seconds_per_step=trained.seconds_per_step)
         )

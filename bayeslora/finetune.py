@@ -264,13 +264,13 @@ def predict(
     groups = batches_by_length(encoded, max_tokens)
     batches = [collate([encoded[i] for i in g], pad_token_id).to(model.device) for g in groups]
     total = len(batches) * max(num_samples, 1)
-    probs = torch.zeros(len(encoded), max(len(q.targets) for q in encoded))
+    probs = torch.zeros(len(encoded), max(len(q.targets) for q in encoded), device="cpu")
     done = 0
     for sample in range(max(num_samples, 1)):
         with _weights(posterior, num_samples, seed + sample, variance_scale), torch.no_grad():
             for group, batch in zip(groups, batches, strict=True):
                 part = choice_scores(model, batch).softmax(-1).cpu()
-                probs[torch.tensor(group), : part.shape[1]] += part / max(num_samples, 1)
+                probs[torch.tensor(group, device="cpu"), : part.shape[1]] += part / max(num_samples, 1)
                 done += 1
                 if on_progress:
                     on_progress(Progress("predict", done, total))
@@ -309,12 +309,12 @@ def _training_batches(lengths: Sequence[int], batch_size: int, seed: int) -> Ite
     generator = torch.Generator().manual_seed(seed)
     batch_size = min(batch_size, len(lengths))
     while True:
-        order = torch.randperm(len(lengths), generator=generator).tolist()
+        order = torch.randperm(len(lengths), generator=generator, device="cpu").tolist()
         order = order[: len(order) // batch_size * batch_size]
         span = _MEGA_BATCH * batch_size
         runs = [sorted(order[i : i + span], key=lengths.__getitem__) for i in range(0, len(order), span)]
         batches = [run[i : i + batch_size] for run in runs for i in range(0, len(run), batch_size)]
-        for index in torch.randperm(len(batches), generator=generator).tolist():
+        for index in torch.randperm(len(batches), generator=generator, device="cpu").tolist():
             yield batches[index]
 
 

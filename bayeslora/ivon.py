@@ -4,15 +4,17 @@ Papers: Shen et al., "Variational learning is effective for large deep networks"
 "Variational low-rank adaptation using IVON" (2024); "Improving LoRA with variational learning" (2025).
 
 Here are the public class and the two protocols of training with it. Beside it lie the samples of a step
-(``ivon_samples.py``), the state (``ivon_state.py``), the checks of arguments (``ivon_checks.py``), the
-choice of hyperparameters (``ivon_setup.py``), an earlier task's posterior as the prior (``ivon_prior.py``)
-and several processes (``ivon_distributed.py``).
+(``ivon_samples.py``), the state (``ivon_state.py``), saving and loading (``ivon_saving.py``), the checks of
+arguments and saved states (``ivon_checks.py``), parameter groups (``ivon_groups.py``), warnings of skipped
+steps (``ivon_skips.py``), steps as CUDA graphs (``ivon_recording.py``), the choice of hyperparameters
+(``ivon_setup.py``), an earlier task's posterior as the prior (``ivon_prior.py``) and several processes
+(``ivon_distributed.py``).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -21,33 +23,27 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bayeslora._backend import untraced
-from bayeslora.ivon_checks import check_group, check_saved_state, check_settings
+from bayeslora.interrupts import uninterrupted
+from bayeslora.ivon_checks import EVAL_DRAWS, check_group, check_settings, say_flat_prior
 from bayeslora.ivon_distributed import average_over_ranks, check_engine, check_not_replaced, draws_own_noise
+from bayeslora.ivon_groups import ParamGroup
 from bayeslora.ivon_prior import GaussianPrior
-from bayeslora.ivon_samples import EVAL_DRAWS, Noise, StepSamples
-from bayeslora.ivon_setup import is_watched, like_adamw, take_defaults, watch
-from bayeslora.ivon_state import STATE_KEYS, BucketStore
-from bayeslora.kernels.param_bucket import ParamBucket, state_dtype
+from bayeslora.ivon_recording import RecordedSteps
+from bayeslora.ivon_samples import Noise
+from bayeslora.ivon_saving import SavedState
+from bayeslora.ivon_setup import is_watched, like_adamw, watch
+from bayeslora.ivon_state import ties_of
+from bayeslora.kernels.param_bucket import ParamBucket
 from bayeslora.posterior_gaussian import GaussianParameter, learned_gaussians
 
 if TYPE_CHECKING:
     from bayeslora.posterior import Posterior
 
-_PICKLED = (
-    "mc_samples",
-    "hess_approx",
-    "sync",
-    "debias",
-    "rescale_lr",
-    "skip_nonfinite",
-    "_seed",
-    "_eval_draws",
-    "_from_context",
-    "_prior",
-)
+_OF_ALL = ("mc_samples", "hess_approx", "sync", "debias", "rescale_lr", "seed", "skip_nonfinite")
+"""Settings that no group has of its own."""
 
 
-class IVON(torch.optim.Optimizer):
+class IVON(SavedState, RecordedSteps):
     r"""Improved Variational Online Newton: trains the mean and variance of a diagonal Gaussian posterior.
 
     With λ = ``ess``, δ = ``weight_decay``, z ~ N(0, I) and g the gradient at the sample θ::
@@ -78,8 +74,11 @@ class IVON(torch.optim.Optimizer):
     whatever the parameter's dtype: 12 bytes a parameter, the mean being the fp32 master copy. With bf16
     weights and gradients 16 in all, where AdamW takes 8 with bf16 state and 20 with an fp32 master copy;
     with fp32 weights 20 against AdamW's 16. Several samples a step, or ranks with samples of their own, take
-    8 more. Noise is a pure function of ``(seed, draw, tensor, element)``: it is never stored, and does not
-    depend on torch's global generators.
+    8 more. ``param_groups[i]["hess"]``, ``["momentum"]`` and ``current_step`` can be read as ``ivon-opt``'s.
+    Noise is a pure function of ``(seed, draw, tensor, element)``: it is never stored, and does not depend on
+    torch's global generators. There are 2^31 training draws and as many for evaluation. Parameters over one
+    memory (PEFT's ``ensure_weight_tying``), transposed or not, have one state and one noise, and their
+    gradients add up.
 
     Args:
         params: parameters or parameter groups. Each group may set ``lr``, ``ess``, ``hess_init``,
@@ -111,8 +110,8 @@ class IVON(torch.optim.Optimizer):
             Takes 24 bytes a parameter more. It is not part of ``state_dict()``: pass it again to resume.
 
     Raises:
-        ValueError: an argument is out of range, the parameters belong to DeepSpeed or FSDP1, or ``prior`` is
-            pruned or lacks a trained parameter.
+        ValueError: an argument is out of range, parameters are on the meta device, share a part of their
+            memory or belong to DeepSpeed or FSDP1, or ``prior`` is pruned or lacks a trained parameter.
         TypeError: a parameter is not a floating-point tensor, or ``prior`` is not an IVON posterior.
     """
 
@@ -139,6 +138,7 @@ class IVON(torch.optim.Optimizer):
         prior: Posterior | None = None,
     ) -> None:
         check_settings(mc_samples, hess_approx, seed)
+        self._given = None  # ids of the parameters, once all are there
         self.mc_samples = mc_samples
         self.hess_approx = hess_approx
         self.sync = draws_own_noise(sync)
@@ -147,10 +147,8 @@ class IVON(torch.optim.Optimizer):
         self.skip_nonfinite = skip_nonfinite
         self._seed = int(seed)
         self._eval_draws = 0
-        self._given: set[int] = set()
-        self._own_gradients_checked = False
+        self._from_context = False  # the pending sample came from sampled_params, not train()
         self._prior = None if prior is None else GaussianPrior(prior)
-        self._reset_samples()
         defaults = {
             "lr": lr,
             "beta1": beta1,
@@ -159,9 +157,20 @@ class IVON(torch.optim.Optimizer):
             "hess_init": hess_init,
             "ess": ess,
             "clip_radius": clip_radius,
+            "mc_samples": mc_samples,
+            "hess_approx": hess_approx,
+            "sync": self.sync,
+            "debias": debias,
+            "rescale_lr": rescale_lr,
+            "seed": self._seed,
+            "skip_nonfinite": skip_nonfinite,
         }
-        check_group(defaults)
+        check_group(defaults, debias)
         super().__init__(params, defaults)
+        ties_of(self.param_groups)
+        self._start()
+        if prior is None:
+            say_flat_prior(self.param_groups, weight_decay)
 
     @classmethod
     def like_adamw(
@@ -228,12 +237,6 @@ class IVON(torch.optim.Optimizer):
             **settings,
         )
 
-    def _reset_samples(self) -> None:
-        self._from_context = False  # the pending sample came from sampled_params, not train()
-        self._wrapping_closure = self._cleared = False
-        self._store = BucketStore(self, self._check_params)
-        self._samples = StepSamples(self._store)
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; its tensors' noise streams follow those of the groups before it.
 
@@ -245,26 +248,26 @@ class IVON(torch.optim.Optimizer):
                 as by :class:`IVON`; the optimizer is then as it was.
             TypeError: a parameter is not a floating-point tensor.
         """
-        if self._samples.held is not None:
+        if self._given is not None and self._samples.held is not None:
             raise ValueError("add_param_group() while a sample is in the parameters; call opt.eval() first")
-        check_group({**self.defaults, **param_group})
-        super().add_param_group(param_group)
+        check_group({**self.defaults, **param_group}, self.debias)
+        group = ParamGroup(param_group, self)
+        super().add_param_group(group)
+        for name in _OF_ALL:
+            group.pop(name, None)
         try:
-            self._check_added(self.param_groups[-1])
+            check_engine(group["params"], self.sync)
+            if self._prior is not None:
+                self._prior.cover(group)
+            if self._given is not None:
+                ties_of(self.param_groups)
+                self._given.update(map(id, group["params"]))
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-        self._given.update(map(id, self.param_groups[-1]["params"]))
-
-    def _check_added(self, group: dict[str, Any]) -> None:
-        for p in group["params"]:
-            if not p.is_floating_point():
-                raise TypeError(f"params must be floating-point tensors, got one of dtype {p.dtype}")
-        check_engine(group["params"], self.sync)
-        if self._prior is not None:
-            self._prior.cover(group)
 
     def _check_params(self, params: list[Tensor]) -> None:
+        assert self._given is not None
         check_not_replaced(params, self._given)
         check_engine(params, self.sync)
 
@@ -287,7 +290,8 @@ class IVON(torch.optim.Optimizer):
             ValueError: ``seed`` or ``variance_scale`` with ``train=True``, or ``variance_scale`` is negative
                 or not finite.
             RuntimeError: with ``train=True``, a sample is in the parameters already, or a parameter was
-                moved, cast, frozen or added since an earlier sample of this step.
+                moved, cast, frozen or added since an earlier sample of this step; without, 2^31 evaluation
+                samples were drawn without a ``seed``.
         """
         if not train:
             with self._evaluation_sample(seed, variance_scale):
@@ -298,41 +302,57 @@ class IVON(torch.optim.Optimizer):
                 "seed and variance_scale are for evaluation samples; with train=True leave them out "
                 "(the training seed is IVON(..., seed=...))"
             )
-        if self._wrapping_closure:  # step(closure) has drawn this sample already
+        samples = self._samples
+        if self._wrapped is not None and self._wrapped is samples.held:  # step(closure) has drawn it already
             yield
             return
-        if self._samples.held is not None:
+        if samples.held:
             raise RuntimeError(
                 "sampled_params(train=True) while a sample is in the parameters; "
                 "use either the context manager or opt.train(), one sample at a time"
             )
-        if self._samples.pending is not None:
+        if samples.pending is not None:
             self._fold()
-        self._draw()
-        self._from_context = True
         try:
-            yield
+            try:
+                self._from_context = True
+                self._draw()
+                yield
+            finally:
+                self._show(None)
         except BaseException:
-            self._show(None)
-            self._samples.forget()
+            self._put_back(None)
+            samples.forget()
             raise
-        self._show(None)
 
     @contextmanager
     def _evaluation_sample(self, seed: int | None, variance_scale: float) -> Iterator[None]:
         if not 0.0 <= variance_scale < math.inf:
             raise ValueError(f"variance_scale must be finite and >= 0, got {variance_scale!r}")
         if seed is None:
+            if self._eval_draws >= EVAL_DRAWS:
+                raise RuntimeError(
+                    "2^31 evaluation samples were drawn, all that there are; name them by seed="
+                )
             noise = Noise(self._seed, EVAL_DRAWS + self._eval_draws, variance_scale)
             self._eval_draws += 1
         else:
             noise = Noise(seed, 0, variance_scale)
-        before = self._samples.held
-        self._show(noise)
+        before = self._samples.held or None
         try:
-            yield
-        finally:
-            self._show(before)
+            try:
+                self._show(noise)
+                yield
+            finally:
+                self._show(before)
+        except BaseException:
+            self._put_back(before)
+            raise
+
+    def _put_back(self, noise: Noise | None) -> None:
+        """Show what was there before a context, where an exception may have cut that short."""
+        with uninterrupted():
+            self._show(noise)
 
     def train(self) -> None:
         """Put this step's training sample into the parameters (the same one until ``step()``).
@@ -342,11 +362,11 @@ class IVON(torch.optim.Optimizer):
         Raises:
             RuntimeError: a parameter was moved, cast, frozen or added since an earlier sample of this step.
         """
-        if self._samples.held is not None:
+        if self._samples.held:
             return
         if self._samples.pending is None:
-            self._draw()
             self._from_context = False
+            self._draw()
         else:
             self._show(self._samples.pending)
 
@@ -379,11 +399,16 @@ class IVON(torch.optim.Optimizer):
 
         Args:
             set_to_none: as for every torch optimizer: set ``p.grad`` to None instead of zeros.
+
+        Raises:
+            RuntimeError: a gradient of a finished context is sparse; it is cleared all the same.
         """
-        if self._samples.pending is not None and self._samples.held is None and self._from_context:
-            self._fold()
-        self._note_cleared(True)
-        super().zero_grad(set_to_none)
+        try:
+            if self._samples.pending is not None and self._samples.held is None and self._from_context:
+                self._fold()
+        finally:
+            self._note_cleared(True)
+            super().zero_grad(set_to_none)
 
     # ---- the update ------------------------------------------------------------------------------
 
@@ -401,8 +426,8 @@ class IVON(torch.optim.Optimizer):
             RuntimeError: no sample was drawn since the last step, so the gradients were not taken at one, or
                 there were gradients before the closure's; a gradient is sparse; a parameter was moved, cast,
                 frozen or added between two samples of the step; ``GradScaler.unscale_`` has seen only the
-                last of several samples; or, with ``sync="independent"``, the ranks' gradients were averaged
-                before.
+                last of several samples; with ``sync="independent"``, the ranks' models differ, or their
+                gradients were averaged before; or about 2^31 samples were drawn (the update is then made).
         """
         loss = None if closure is None else self._run_closure(closure)
         self._finish_step()
@@ -411,7 +436,8 @@ class IVON(torch.optim.Optimizer):
     @untraced
     def _finish_step(self) -> None:
         if self._samples.pending is None and self._samples.folded == 0:
-            if not self.state and all(float(group["lr"]) == 0.0 for group in self.param_groups):
+            started = any(isinstance(key, Tensor) for key in self.state)
+            if not started and all(float(group["lr"]) == 0.0 for group in self.param_groups):
                 self._store.current()  # torch.distributed.checkpoint asks for the state by such a step
                 return
             raise RuntimeError(
@@ -421,6 +447,8 @@ class IVON(torch.optim.Optimizer):
             )
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if found_inf is not None:
+            self._skips.scaled = True
         buckets = self._store.within_step()
         self._samples.check_folded(buckets)
         watched = is_watched(self.param_groups[0])
@@ -440,27 +468,23 @@ class IVON(torch.optim.Optimizer):
             grad_scale=grad_scale,
             found_inf=found_inf,
         )
-        if not any(bucket.recording for bucket in buckets):
+        if not (buckets and buckets[0].recording):
             self.count_step()
 
     def _run_closure(self, closure: Callable[[], Any]) -> Any:
         losses = []
-        params = [p for group in self.param_groups for p in group["params"]]
-        earlier = None  # a gradient that was there before, at the mean
-        if self._samples.held is None and self._samples.pending is None:
-            earlier = next(((p, p.grad) for p in params if p.grad is not None and not p.grad.is_sparse), None)
-        held_some = None if earlier is None else earlier[1].any()  # read below, in the case that is in doubt
+        earlier = self._gradient_before()
         self._note_cleared(False)
         for _ in range(self.mc_samples):
-            drawn = self._samples.held is not None  # by opt.train()
+            drawn = bool(self._samples.held)  # by opt.train()
             with nullcontext() if drawn else self.sampled_params(train=True), torch.enable_grad():
-                self._wrapping_closure = True
                 try:
+                    self._wrapped = self._samples.held
                     losses.append(closure())
                 finally:
-                    self._wrapping_closure = False
+                    self._wrapped = None
                 kept = earlier is not None and earlier[0].grad is earlier[1] and not self._cleared
-                if kept and held_some:
+                if kept and earlier and earlier[2]:  # read here, in the case that is in doubt
                     raise RuntimeError(
                         "IVON.step(closure): gradients that were there before were not cleared, and the "
                         "closure's were added to them, but they were not taken at this step's sample. Where "
@@ -470,6 +494,17 @@ class IVON(torch.optim.Optimizer):
                 earlier = None
             self._show(None)
         return None if any(loss is None for loss in losses) else sum(losses) / self.mc_samples
+
+    @untraced
+    def _gradient_before(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return a parameter with a gradient of before this step's sample, it, and whether it is not zero."""
+        if self._samples.held or self._samples.pending is not None:
+            return None
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and not p.grad.is_sparse:
+                    return p, p.grad, p.grad.any()
+        return None
 
     def _average_samples(self, buckets: list[ParamBucket], unscaled: bool, watched: bool) -> bool:
         """Bring several samples, or ranks, or a watched one into the running means; return whether it did."""
@@ -490,50 +525,35 @@ class IVON(torch.optim.Optimizer):
             self._samples.active = {stream for bucket in buckets for stream in bucket.streams}
         return True
 
-    # ---- CUDA graphs (see capture.py) ------------------------------------------------------------
-
-    def refresh_hyperparameters(self) -> list[ParamBucket]:
-        """Bring the groups' current hyperparameters to the device, for a recorded step to read.
-
-        Returns:
-            The buckets: another list than before if a recorded step's memory is no longer in use.
-        """
-        buckets = self._store.current() if self._samples.held is None else self._store.within_step()
-        for bucket in buckets:
-            self._store.set_hyper(bucket, 1.0, self.rescale_lr)
-        return buckets
-
-    @property
-    def watches_next_step(self) -> bool:
-        """Whether the next step decides hyperparameters (:meth:`like_adamw`), and so cannot be recorded."""
-        return is_watched(self.param_groups[0])
-
-    def count_step(self) -> None:
-        """Count a step for :meth:`like_adamw`; a replayed graph does not run :meth:`step`."""
-        if "setup_step" in self.param_groups[0]:
-            self.param_groups[0]["setup_step"] += 1
-
-    def prepare_capture(self) -> None:
-        """Make ready for one step to be recorded in a CUDA graph; :meth:`finish_capture` follows it."""
-        for bucket in self.refresh_hyperparameters():
-            bucket.prepare_capture()
-
-    def finish_capture(self, recorded: bool) -> list[Tensor | None]:
-        """Return the tables that the recorded step reads, to be kept with the graph.
-
-        Args:
-            recorded: whether recording succeeded. If not, the mean is put back and the step forgotten.
-        """
-        tables = [bucket.finish_capture() for bucket in self._store.within_step()]
-        if not recorded:
-            self._show(None)
-            self._samples.forget()
-        return tables
+    # ---- what has been learned ---------------------------------------------------------------------
 
     @property
     def skipped_steps(self) -> int:
         """Steps dropped for non-finite gradients so far. Reading it waits for the device."""
         return self._store.counters()[1]
+
+    @property
+    def current_step(self) -> int:
+        """Steps taken so far, as ``ivon-opt`` calls them. Reading it waits for the device."""
+        return self._store.counters()[0]
+
+    def _report_skipped(self, final: bool = False) -> None:
+        """Log how many steps were skipped, if any."""
+        steps, skipped, _ = self._store.counters()
+        self._skips.close(steps, skipped, final)
+
+    def _skipped_share(self) -> float:
+        steps, skipped, _ = self._store.counters()
+        return skipped / max(steps + skipped, 1)
+
+    def _started_state(self) -> Mapping[Any, Any]:
+        """Return ``state``, with that of parameters that have none yet at its start."""
+        self._store.within_step() if self._samples.held else self._store.current()
+        return self.state
+
+    def __repr__(self) -> str:
+        lines = super().__repr__().splitlines()  # without the notes of like_adamw
+        return "\n".join(line for line in lines if not line.strip().startswith("setup_"))
 
     @torch.no_grad()
     def gaussians(self) -> Iterator[tuple[Tensor, GaussianParameter]]:
@@ -542,12 +562,15 @@ class IVON(torch.optim.Optimizer):
         Parameters that were trained and are frozen now count; those of groups that are not perturbed do not.
         """
         self.eval()
-        self._store.current()  # starts the state of parameters that have none
+        self._started_state()
         self._store.reshard()
+        self._report_skipped()
         return learned_gaussians(self.param_groups, self.state)
 
     def posterior(self, model: nn.Module) -> Posterior:
         """Return the posterior that this optimizer has learned; same as :meth:`Posterior.from_optimizer`.
+
+        The log says so where no step was taken yet, or steps were skipped.
 
         Args:
             model: the model that the optimizer trains. Its parameters are left at the mean.
@@ -558,60 +581,3 @@ class IVON(torch.optim.Optimizer):
         from bayeslora.posterior import Posterior
 
         return Posterior.from_optimizer(model, self)
-
-    # ---- saving and loading ----------------------------------------------------------------------
-
-    def _write_counters(self) -> None:
-        self._store.write_counters()
-        for group in self.param_groups:
-            group.update(seed=self._seed, eval_draws=self._eval_draws, held=self._samples.held_for_saving())
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state: fp32 mean, momentum and hess of each parameter, and the counters of the noise.
-
-        Loading it and the model's weights continues the run bit for bit; a sample whose step is still to
-        come is then drawn again, and if the weights were saved while they held one, the mean is put back.
-        """
-        self._write_counters()
-        return super().state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned; the state keeps its own dtype.
-
-        Args:
-            state_dict: from an IVON optimizer over the same parameters in the same order.
-
-        Raises:
-            ValueError: the groups, keys or shapes do not fit; the optimizer is then as it was.
-        """
-        saved_state = check_saved_state(self.param_groups, state_dict)
-        self._show(None)
-        super().load_state_dict({**state_dict, "state": {}})
-        self.state.clear()
-        for p, values in saved_state:
-            dtype = state_dtype(p.dtype)
-            self.state[p] = {k: values[k].detach().to(p.device, dtype, copy=True) for k in STATE_KEYS}
-        self._reset_samples()
-        self._seed = self.param_groups[0].get("seed", self._seed)
-        self._eval_draws = self.param_groups[0].get("eval_draws", 0)
-        self._take_out_saved(self.param_groups[0].get("held"))
-        take_defaults(self)
-
-    @untraced
-    def _take_out_saved(self, named: list[Any] | None) -> None:
-        if named is not None:
-            self._samples.take_out_saved(named, self.rescale_lr)
-
-    def __getstate__(self) -> dict[str, Any]:
-        self._write_counters()
-        kept = {name: getattr(self, name) for name in _PICKLED}
-        return {**super().__getstate__(), **kept, "_samples": self._samples.unfolded()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._wrapping_closure = self._cleared = False
-        self._store = BucketStore(self, self._check_params)
-        # Absent where torch's load_state_dict comes here, with the groups and their state alone.
-        self._samples = StepSamples(self._store, *state.get("_samples", ()))
-        self._given = {id(p) for group in self.param_groups for p in group["params"]}
-        self._own_gradients_checked = False

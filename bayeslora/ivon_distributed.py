@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 import sys
+import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -217,26 +218,37 @@ def average_over_ranks(buckets: Sequence[ParamBucket], first: bool) -> None:
 
     Args:
         buckets: on every rank the same.
-        first: check that the ranks' gradients are their own; waits for the device.
+        first: check that the ranks train the same parameters on gradients of their own; waits for the device.
 
     Raises:
-        RuntimeError: ``first``, and every rank has the same gradients: something has averaged them already.
+        RuntimeError: ``first``, and the ranks' parameters are not the same, or every rank has the same
+            gradients: something has averaged them already.
     """
     world = dist.get_world_size()
     if first and world > 1:
-        _check_own_gradients(buckets, world)
+        _check_ranks(buckets, world)
     for bucket in buckets:
         both = bucket.averages_flat()
         dist.all_reduce(both)
         both.div_(world)
 
 
-def _check_own_gradients(buckets: Sequence[ParamBucket], world: int) -> None:
-    total = sum(bucket.averages()[0].abs().sum().double().to(buckets[0].device) for bucket in buckets)
-    assert isinstance(total, Tensor)
-    of_rank = [torch.empty_like(total) for _ in range(world)]
-    dist.all_gather(of_rank, total)
-    sums = torch.stack(of_rank).tolist()
+def _check_ranks(buckets: Sequence[ParamBucket], world: int) -> None:
+    home = buckets[0].device
+    layout = repr([(b.dtype, b.streams, b.param_groups, [p.shape for p in b.params]) for b in buckets])
+    total = sum(bucket.averages()[0].abs().sum().double().to(home) for bucket in buckets)
+    bits = sum(bucket.mean.view(torch.int32).sum().to(home) for bucket in buckets)  # exact in any order
+    assert isinstance(total, Tensor) and isinstance(bits, Tensor)
+    found = torch.stack([total, bits % (1 << 53), torch.full_like(total, zlib.crc32(layout.encode()))])
+    of_rank = [torch.empty_like(found) for _ in range(world)]
+    dist.all_gather(of_rank, found)
+    sums, means, layouts = torch.stack(of_rank).T.tolist()
+    for what, values in (("shapes, dtypes or groups of parameters", layouts), ("weights", means)):
+        if len(set(values)) > 1:
+            raise RuntimeError(
+                f'IVON(sync="independent"): the ranks have different {what}; give every rank the same model '
+                "(DistributedDataParallel sends rank 0's weights to all)"
+            )
     if sums[0] != 0.0 and len(set(sums)) == 1:
         raise RuntimeError(
             'IVON(sync="independent"): every rank has the same gradients, so they were averaged before '
@@ -252,9 +264,18 @@ def check_engine(params: Sequence[Tensor], independent: bool) -> None:
     """Refuse parameters of engines that IVON cannot train correctly.
 
     Raises:
-        ValueError: they belong to DeepSpeed ZeRO or FSDP1, or are shards of a kind, or with
-            ``sync="independent"``.
+        ValueError: they are on the meta device, belong to DeepSpeed ZeRO or FSDP1, or are shards of a kind,
+            or with ``sync="independent"``.
+        TypeError: one is not a floating-point tensor.
     """
+    for p in params:
+        if not p.is_floating_point():
+            raise TypeError(f"params must be floating-point tensors, got one of dtype {p.dtype}")
+        if p.is_meta:
+            raise ValueError(
+                f"a parameter of shape {tuple(p.shape)} is on the meta device and has no values; load the "
+                "weights first (PEFT's low_cpu_mem_usage=True leaves an adapter so until they come)"
+            )
     deepspeed = any(hasattr(p, "ds_id") for p in params)
     if deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1"):
         raise ValueError(

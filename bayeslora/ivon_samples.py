@@ -18,10 +18,7 @@ from torch import Tensor
 from bayeslora._backend import ivon_kernels
 from bayeslora.ivon_distributed import agree_on_nonfinite
 from bayeslora.ivon_state import BucketStore, dense_grads
-from bayeslora.kernels.param_bucket import ParamBucket
-
-EVAL_DRAWS = 1 << 31
-"""Draws from here on belong to evaluation; training draws count from 1."""
+from bayeslora.kernels.param_bucket import DenseGrads, ParamBucket
 
 
 @dataclass(frozen=True)
@@ -41,6 +38,17 @@ class Noise:
     train: bool = False
 
 
+class _Mixed(Noise):
+    """Stands for parameters that hold no sample in particular; false, so that nothing takes it for one."""
+
+    def __bool__(self) -> bool:
+        return False
+
+
+MIXED = _Mixed(0, -1)
+"""What the parameters hold while they are written, the stored mean being right."""
+
+
 class StepSamples:
     """The sample in the parameters, and those of the step to come.
 
@@ -57,7 +65,8 @@ class StepSamples:
         self._store = store
         self.held = held
         self.saved: Noise | None = None
-        """The sample that weights held when they were saved, until the loaded ones are used."""
+        """A sample that some of the parameters may hold for the mean, and must not be taken for it: their
+        weights were loaded and held it when they were saved, or it is being written."""
         self.forget()
         self.pending, self.drawn = pending, drawn
 
@@ -93,20 +102,22 @@ class StepSamples:
             rescale_lr: see :class:`~bayeslora.IVON`.
         """
         noise = self.saved if named is None else Noise(*named)
-        self.saved = None if named is None else noise
         if noise is None:
             return
+        self.saved = noise
         for bucket in self._store.current():
-            kernels = ivon_kernels(bucket.device)
             self._store.set_hyper(bucket, noise.variance_scale, rescale_lr)
-            loaded = [p.detach().clone() for p in bucket.params]
-            kernels.ivon_sample(bucket, seed=noise.seed, draw=noise.draw, train=noise.train, adopt=False)
-            samples = [p.detach().clone() for p in bucket.params]
-            kernels.ivon_restore(bucket)
-            for p, found, sample in zip(bucket.params, loaded, samples, strict=True):
-                if not _is_sample(found, sample, p.detach()):
-                    p.copy_(found)
+            apart = bucket.apart()
+            ivon_kernels(bucket.device).ivon_sample(
+                apart, seed=noise.seed, draw=noise.draw, train=noise.train, adopt=False
+            )
+            for i, (p, sample) in enumerate(zip(bucket.params, apart.params, strict=True)):
+                mean = bucket.view(bucket.mean, i).to(p.dtype)
+                if _is_sample(p.detach(), sample, mean):
+                    p.copy_(mean)
         self._store.reshard()
+        if named is None:
+            self.held = self.saved = None
 
     def draw(self, seed: int, rescale_lr: bool) -> None:
         """Draw the step's next sample and put it into the parameters."""
@@ -123,19 +134,25 @@ class StepSamples:
             self.take_out_saved(None, rescale_lr)
         if noise == self.held:
             return
-        # Once a sample is in the parameters, only a short check is needed before it is replaced.
-        buckets = self._store.current() if self.held is None else self._store.within_step()
+        # What is about to be written is marked before: an exception may come at any point of it.
+        adopt = self.held is None
+        if adopt:
+            buckets = self._store.current()
+            self.saved = noise
+        else:  # once a sample is in the parameters, only a short check is needed before it is replaced
+            buckets = self._store.within_step()
+            self.held = MIXED
         for bucket in buckets:
             kernels = ivon_kernels(bucket.device)
             if noise is None:
                 kernels.ivon_restore(bucket)
             else:
                 self._store.set_hyper(bucket, noise.variance_scale, rescale_lr)
-                adopt = self.held is None
                 kernels.ivon_sample(bucket, seed=noise.seed, draw=noise.draw, train=noise.train, adopt=adopt)
         self._store.reshard()
         torch.clear_autocast_cache()  # an outer autocast keeps casts of what the parameters held
         self.held = noise
+        self.saved = None
 
     def fold(self, price: bool, rescale_lr: bool) -> None:
         """Move the pending sample's gradient from ``p.grad`` into the running means over samples.
@@ -144,26 +161,42 @@ class StepSamples:
             price: the curvature estimate, Price's theorem (True) or squared gradients (False).
             rescale_lr: see :class:`~bayeslora.IVON`.
         """
-        assert self.pending is not None
+        noise = self.pending
+        assert noise is not None
         buckets = self._store.within_step()
         self.check_folded(buckets)
-        self.folded += 1
-        self._folded_in = buckets
-        for bucket in buckets:
-            grads = dense_grads(bucket)
-            self._store.set_hyper(bucket, 1.0, rescale_lr)
-            ivon_kernels(bucket.device).ivon_fold(
-                bucket,
-                grads,
-                seed=self.pending.seed,
-                draw=self.pending.draw,
-                count=self.folded,
-                price=price,
-            )
-            self.active.update(s for s, g in zip(bucket.streams, grads, strict=True) if g is not None)
-            for p in bucket.owners:
-                p.grad = None
-        self.pending = None
+        grads = self._dense_grads(buckets)
+        try:
+            self.folded += 1
+            self._folded_in = buckets
+            for bucket, of_bucket in zip(buckets, grads, strict=True):
+                self._store.set_hyper(bucket, 1.0, rescale_lr)
+                ivon_kernels(bucket.device).ivon_fold(
+                    bucket, of_bucket, seed=noise.seed, draw=noise.draw, count=self.folded, price=price
+                )
+                self.active.update(s for s, g in zip(bucket.streams, of_bucket, strict=True) if g is not None)
+                for p in bucket.owners:
+                    p.grad = None
+                for _, p, _ in bucket.tied:
+                    p.grad = None
+            self.pending = None
+        except BaseException:  # an interrupt: the means may hold a part of the sample
+            self.forget()
+            raise
+
+    def _dense_grads(self, buckets: list[ParamBucket]) -> list[DenseGrads]:
+        """Return the gradients of all buckets.
+
+        Raises:
+            RuntimeError: one is sparse. Where the parameters hold the mean again, so that no other gradient
+                can be taken at the sample, the step is forgotten.
+        """
+        try:
+            return [dense_grads(bucket) for bucket in buckets]
+        except RuntimeError:
+            if self.held is None:
+                self.forget()
+            raise
 
     def check_folded(self, buckets: list[ParamBucket]) -> None:
         """Check that the running means are those of ``buckets``.
@@ -202,7 +235,7 @@ class StepSamples:
             grad_scale: what a ``GradScaler`` has multiplied the gradients with, or None.
             found_inf: a ``GradScaler``'s own finding, which decides instead of ``skip_nonfinite``, or None.
         """
-        grads = [None if averaged else dense_grads(bucket) for bucket in buckets]
+        grads = [None] * len(buckets) if averaged else self._dense_grads(buckets)
         check = skip_nonfinite and found_inf is None
         together = check and (len(buckets) > 1 or bool(self._store.shard_groups))
         if together:
@@ -210,6 +243,7 @@ class StepSamples:
                 ivon_kernels(bucket.device).ivon_check(bucket, bucket_grads)
             agree_on_nonfinite(buckets, self._store.shard_groups)
         noise = self.pending or Noise(0, 0)
+        self.held = MIXED  # the parameters will hold the mean, but not at any point of what follows
         for bucket, bucket_grads in zip(buckets, grads, strict=True):
             self._store.set_hyper(bucket, 1.0, rescale_lr)
             active = None
@@ -230,12 +264,20 @@ class StepSamples:
             )
         self._store.reshard()
         torch.clear_autocast_cache()
-        self.held = None
         self.forget()
+        self.held = None
 
 
 def _is_sample(found: Tensor, sample: Tensor, mean: Tensor) -> bool:
-    """Tell whether a tensor is a sample drawn before, perhaps on another device, and not the mean."""
+    """Tell whether a tensor is a sample drawn before, perhaps on another device, and not the mean.
+
+    Devices differ in the last bits of the noise. In half precision these decide, in a few elements of a
+    hundred thousand, to which side the sample was rounded.
+    """
+    limits = torch.finfo(found.dtype)
     found, sample, mean = found.double(), sample.double(), mean.double()
-    slack = 1e-3 * (sample - mean).abs() + 1e-6 * sample.abs()
-    return bool(((found - sample).abs() <= slack).all()) and not torch.equal(found, mean)
+    apart = (found - sample).abs()
+    odd = apart > 1e-3 * (sample - mean).abs() + 1e-6 * sample.abs()
+    spacing = limits.eps * torch.maximum(sample.abs(), found.abs()).clamp(min=limits.tiny)
+    changed = int((found != mean).sum())
+    return changed > 0 and not bool((odd & (apart > spacing)).any()) and int(odd.sum()) <= 1 + changed // 1000

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -41,6 +41,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bayeslora.ivon_distributed import whole
+from bayeslora.ivon_state import ties_of
 from bayeslora.kernels.param_bucket import ParamBucket
 
 if TYPE_CHECKING:
@@ -151,17 +152,47 @@ def like_adamw(
 
 
 _SUMS = ("setup_seen", "setup_grad_sq", "setup_curvature", "setup_gap", "setup_gap_var", "setup_gap_seen")
+_LEAST, _MOST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+_COUNTS = ("setup_steps", "setup_step")
+_GIVEN = tuple(
+    f"setup_{name}" for name in ("precision", "snr", "signal", "clip_ratio", "max_gap", "num_data")
+)
+
+
+def check_setup(group: Mapping[str, Any], head: Mapping[str, Any]) -> None:
+    """Check what :func:`like_adamw` has left in a saved group, if anything.
+
+    Args:
+        group: the saved group.
+        head: the first of the saved groups, which has the sums and what was given.
+
+    Raises:
+        ValueError: naming what is missing or out of range.
+    """
+    fields = ("step_lr", *((*_COUNTS, *_GIVEN, *_SUMS) if group is head else ()))
+    found = [name for name in fields if name in group]
+    for name in fields if len(found) > 1 or "setup_steps" in head else ():
+        if name not in group:
+            raise ValueError(f"{name!r} of like_adamw is missing")
+    for name in found:
+        value = group[name]
+        fits = isinstance(value, int if name in _COUNTS else (int, float)) and abs(value) <= _MOST
+        if name not in ("setup_curvature", "setup_gap"):
+            fits = fits and value >= (0.0 if name in _SUMS or name == "setup_step" else _LEAST)
+        if not fits:
+            raise ValueError(f"{name} is out of range: {value!r}")
 
 
 def _signal(groups: Sequence[Group]) -> float:
     """Return the root mean square of the perturbed weights, of tensors that are not all zero."""
     squares = count = 0.0
-    for group in groups:
-        for p in group["params"]:
-            if p.requires_grad and group.get("perturb", True):
-                square = float(whole(p.detach()).double().square().sum())
-                squares += square
-                count += p.numel() if square > 0.0 else 0
+    ties = ties_of(groups)
+    every = [(p, group) for group in groups for p in group["params"]]
+    for i, (p, group) in enumerate(every):
+        if i not in ties and p.requires_grad and group.get("perturb", True):
+            square = float(whole(p.detach()).double().square().sum())
+            squares += square
+            count += p.numel() if square > 0.0 else 0
     if not 0.0 < squares < math.inf:
         raise ValueError(
             "like_adamw takes the posterior's scale from the weights' own, and those given are all zero (or "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
 from typing import Any
@@ -31,6 +31,7 @@ from bayeslora.kernels.param_bucket import (
     ParamBucket,
     state_dtype,
 )
+from bayeslora.ties import Tie, find_ties
 
 STATE_KEYS = ("mean", "momentum", "hess")
 
@@ -39,15 +40,13 @@ class BucketStore:
     """The buckets of an optimizer's trainable parameters, one a device and state dtype.
 
     Args:
-        optimizer: holds ``param_groups`` and ``state``. Its state tensors become views of the buckets'
-            flat buffers (of a DTensor, DTensors around them); the counters are read from and written to
-            its parameter groups.
-        check: raises for parameters that the optimizer cannot train.
+        optimizer: the IVON that holds ``param_groups`` and ``state``, and is not kept alive from here. Its
+            state tensors become views of the buckets' flat buffers (of a DTensor, DTensors around them);
+            the counters are read from and written to its parameter groups.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, check: Callable[[list[Tensor]], None]) -> None:
-        self._optimizer = optimizer
-        self._check = check
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer: Any = weakref.proxy(optimizer)
         self._sharded = False
         self._fsdp_modules: list[weakref.ref[nn.Module]] = []
         self.shard_groups: list[dist.ProcessGroup] = []
@@ -96,16 +95,18 @@ class BucketStore:
 
     @torch.inference_mode(False)  # what an evaluation there makes first, training must be able to update
     def _make(self) -> list[ParamBucket]:
-        self._check([p for group in self._optimizer.param_groups for p in group["params"]])
-        self.write_counters()
-        members: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, int, int]]] = {}
-        stream = 0
         groups = self._optimizer.param_groups
-        for index, group in enumerate(groups):
-            for p in group["params"]:
-                if p.requires_grad:
-                    members.setdefault((p.device, state_dtype(p.dtype)), []).append((p, stream, index))
-                stream += 1
+        every = [(p, index) for index, group in enumerate(groups) for p in group["params"]]
+        self._optimizer._check_params([p for p, _ in every])
+        ties = ties_of(groups)
+        self.write_counters()
+        # Parameters over one memory are one member, under the stream of the first; a trained one trains all.
+        firsts = [ties[i].first if i in ties else i for i in range(len(every))]
+        trained = {first for first, (p, _) in zip(firsts, every, strict=True) if p.requires_grad}
+        members: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, int, int]]] = {}
+        for stream in sorted(trained):
+            p, index = every[stream]
+            members.setdefault((p.device, state_dtype(p.dtype)), []).append((p, stream, index))
         buckets = []
         for entries in members.values():
             params, streams, indices = zip(*entries, strict=True)
@@ -119,13 +120,21 @@ class BucketStore:
             )
             if any(map(is_sharded, params)):
                 bucket.owners = list(params)
+            bucket.tied = [
+                (streams.index(tie.first), every[i][0], tie)
+                for i, tie in ties.items()
+                if tie.first in streams and every[i][0] is not every[tie.first][0]
+            ]
             for slot, name in ((STEP, "step"), (SKIPPED, "skipped"), (DRAWS, "draws")):
                 bucket.control[slot] = groups[0].get(name, 0)
             powers = [group.get("beta1_power", 1.0) for group in groups]
-            bucket.beta1_power.copy_(torch.tensor(powers, dtype=torch.float64))
+            bucket.beta1_power.copy_(torch.tensor(powers, dtype=torch.float64, device="cpu"))
             bucket.hess.fill_(1.0)
             for i, p in enumerate(params):
                 self._place(bucket, i, p)
+            for i, p, tie in bucket.tied:
+                held = self._optimizer.state[params[i]]
+                self._optimizer.state[p] = {name: tie.as_tied(held[name]) for name in STATE_KEYS}
             buckets.append(bucket)
         self._sharded = any(bucket.owners is not bucket.params for bucket in buckets)
         owners = [p for bucket in buckets for p in bucket.owners]
@@ -164,6 +173,11 @@ class BucketStore:
             return control[STEP], control[SKIPPED], control[DRAWS]
         group = self._optimizer.param_groups[0]
         return group.get("step", 0), group.get("skipped", 0), group.get("draws", 0)
+
+    def show_counters(self, look: Callable[[Tensor], None]) -> None:
+        """Let ``look`` see the counters where they are, on the device."""
+        if self._buckets:
+            look(self._buckets[0].control)
 
     def write_counters(self) -> None:
         """Copy the device's counters into the parameter groups, where ``state_dict`` finds them."""
@@ -227,7 +241,29 @@ def dense_grads(bucket: ParamBucket) -> DenseGrads:
     Raises:
         RuntimeError: a gradient is sparse.
     """
-    if bucket.owners is bucket.params:
+    if bucket.owners is bucket.params and not bucket.tied:
         return DenseGrads(map(_grad, bucket.params))
     parts = [None if p.grad is None else part_like(p, p.grad) for p in bucket.owners]
+    for i, p, tie in bucket.tied:
+        if p.grad is not None:
+            part, more = parts[i], tie.as_first(part_like(p, p.grad))
+            parts[i] = more if part is None else part + more
     return DenseGrads(parts)
+
+
+def ties_of(groups: Sequence[dict[str, Any]]) -> dict[int, Tie]:
+    """Return how parameters of the groups share memory, by their index over all groups.
+
+    Raises:
+        ValueError: some share a part of their memory only, or are in different groups.
+    """
+    every = [(p, index) for index, group in enumerate(groups) for p in group["params"]]
+    ties = find_ties([shard_of(p).local for p, _ in every])
+    for i, tie in ties.items():
+        (p, index), (_, first) = every[i], every[tie.first]
+        if index != first:
+            raise ValueError(
+                f"a parameter of shape {tuple(p.shape)} in group {index} has the memory of one in group "
+                f"{first}; put them into one group, whose settings hold for both"
+            )
+    return ties

@@ -48,8 +48,10 @@ class LightningCallback(Callback):
         self.on_validation_start(trainer)
 
     def on_train_end(self, trainer: Any, *_: Any) -> None:
-        """Put the mean back."""
+        """Put the mean back, and say if steps were skipped."""
         self.on_validation_start(trainer)
+        for opt in _optimizers(trainer):
+            opt._report_skipped(final=True)
 
     def on_exception(self, trainer: Any, *_: Any) -> None:
         """Put the mean back."""

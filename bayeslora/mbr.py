@@ -94,7 +94,7 @@ def decode(
         return Choice(index, candidates[index], None if answer is None else answers[index], expected)
     unique = list(dict.fromkeys(candidates))
     place = {text: i for i, text in enumerate(unique)}
-    where = torch.tensor([place[text] for text in candidates])
+    where = torch.tensor([place[text] for text in candidates], device="cpu")
     if pairwise:
         rows: Any = [[utility(h, r) for r in unique] for h in unique]  # type: ignore[arg-type, call-arg]
     else:
@@ -105,7 +105,7 @@ def decode(
             f"utility returned shape {tuple(rows.shape)}; return {(len(unique), len(unique))}, hypotheses by "
             "references (or pass pairwise=True)"
         )
-    by_text = torch.zeros(len(unique), dtype=torch.float64).index_add_(0, where, shares)
+    by_text = torch.zeros(len(unique), dtype=torch.float64, device="cpu").index_add_(0, where, shares)
     expected = expected_utility(rows, by_text)[where]
     index = int(expected.argmax())
     return Choice(index, candidates[index], None, expected)
@@ -179,10 +179,10 @@ def chrf(
     """
     grams = [_char_ngrams(text, order) for text in (*hypotheses, *references)]
     n, m = len(hypotheses), len(references)
-    precision, recall, used = (torch.zeros(n, m, dtype=torch.float64) for _ in range(3))
+    precision, recall, used = (torch.zeros(n, m, dtype=torch.float64, device="cpu") for _ in range(3))
     for k in range(order):
         counts = [text[k] for text in grams]
-        total = torch.tensor([sum(c.values()) for c in counts], dtype=torch.float64)
+        total = torch.tensor([sum(c.values()) for c in counts], dtype=torch.float64, device="cpu")
         hyp, ref = total[:n, None], total[None, n:]
         both = (hyp > 0) & (ref > 0)
         match = _matches(counts[:n], counts[n:])
@@ -213,7 +213,7 @@ def _matches(left: Sequence[Any], right: Sequence[Any]) -> Tensor:
         for gram, count in counter.items():
             for t in range(count):
                 columns.setdefault((gram, t), len(columns))
-    total = torch.zeros(len(left), len(right), dtype=torch.float64)
+    total = torch.zeros(len(left), len(right), dtype=torch.float64, device="cpu")
     places = _places(left, columns), _places(right, columns)
     for first in range(0, len(columns), _COLUMNS):
         hyp, ref = (_indicator(len(c), p, first) for c, p in zip((left, right), places, strict=True))
@@ -229,13 +229,13 @@ def _places(counters: Sequence[Any], columns: dict[tuple[str, int], int]) -> Ten
             found = [columns[gram, t] for t in range(count) if (gram, t) in columns]
             held += found
             rows += [row] * len(found)
-    return torch.tensor([rows, held], dtype=torch.int64)
+    return torch.tensor([rows, held], dtype=torch.int64, device="cpu")
 
 
 def _indicator(count: int, places: Tensor, first: int) -> Tensor:
     """Return which of the columns from ``first`` on each of ``count`` texts has: 0 or 1, fp32 (exact)."""
     rows, held = places[:, (places[1] >= first) & (places[1] < first + _COLUMNS)]
-    out = torch.zeros(count, _COLUMNS)
+    out = torch.zeros(count, _COLUMNS, device="cpu")
     out[rows, held - first] = 1.0
     return out
 
@@ -250,15 +250,17 @@ def _normalized(number: str) -> str:
 def _agreement(answers: Sequence[Hashable | None], shares: Tensor) -> Tensor:
     """Return the share of candidates that have each one's answer; 0 for no answer."""
     codes: dict[Hashable, int] = {}
-    where = torch.tensor([-1 if a is None else codes.setdefault(a, len(codes)) for a in answers])
+    found = [-1 if a is None else codes.setdefault(a, len(codes)) for a in answers]
+    where = torch.tensor(found, device="cpu")
     told = where >= 0
-    votes = torch.zeros(max(len(codes), 1), dtype=torch.float64).index_add_(0, where[told], shares[told])
+    votes = torch.zeros(max(len(codes), 1), dtype=torch.float64, device="cpu")
+    votes.index_add_(0, where[told], shares[told])
     return torch.where(told, votes[where.clamp_min(0)], 0.0)
 
 
 def _shares(weights: Sequence[float] | Tensor | None, count: int) -> Tensor:
     if weights is None:
-        return torch.full((count,), 1.0 / count, dtype=torch.float64)
+        return torch.full((count,), 1.0 / count, dtype=torch.float64, device="cpu")
     shares = torch.as_tensor(weights, dtype=torch.float64).cpu()
     if shares.shape != (count,):
         raise ValueError(f"weights have shape {tuple(shares.shape)}; pass ({count},), one a candidate")

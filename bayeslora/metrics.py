@@ -168,7 +168,7 @@ def reliability_bins(probs: Tensor, labels: Tensor, num_bins: int = 15) -> Relia
     probs, labels = _checked(probs, labels)
     _check_bins(num_bins)
     confidence, predicted = probs.double().max(dim=1)
-    edges = torch.linspace(0, 1, num_bins + 1, dtype=torch.float64)
+    edges = torch.linspace(0, 1, num_bins + 1, dtype=torch.float64, device="cpu")
     index = (torch.bucketize(confidence, edges, right=True) - 1).clamp(0, num_bins - 1)
     count = torch.bincount(index, minlength=num_bins)
     correct = (predicted == labels).double()

@@ -39,7 +39,7 @@ class MontecloraBank:
     def __init__(self, layers: Sequence[Any], adapter: str, options: MontecloraOptions) -> None:
         self.layers, self.adapter = list(layers), adapter
         self._adapters: list[Any] = [layer._modules["lora_A"]._modules for layer in self.layers]
-        self.seed = int(torch.randint(2**62, ())) if options.seed is None else options.seed
+        self.seed = int(torch.randint(2**62, (), device="cpu")) if options.seed is None else options.seed
         self.options = MontecloraOptions()
         self.paused = False
         self.home: tuple[nn.Module, str] | None = None

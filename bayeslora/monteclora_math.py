@@ -84,10 +84,9 @@ class SiteTables:
         """Return ``(α₀, ..., α₀, N α₀)`` and ``(1, ..., 1, -1)``, fp64 ``(N + 1,)``, made once."""
         key = components, prior
         if key not in self._constants:
-            start = torch.tensor([prior] * components + [components * prior], dtype=torch.float64)
-            sign = torch.tensor([1.0] * components + [-1.0], dtype=torch.float64)
-            device = self.ranks.device
-            self._constants[key] = start.to(device), sign.to(device)
+            values = [prior] * components + [components * prior], [1.0] * components + [-1.0]
+            start, sign = torch.tensor(values, dtype=torch.float64, device="cpu").to(self.ranks.device)
+            self._constants[key] = start, sign
         return self._constants[key]
 
     def per_copy(self, x: Tensor) -> Tensor:

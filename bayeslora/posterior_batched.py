@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .ivon_distributed import is_sharded
 from .kernels.lora_perturbed_twin import Perturbation
 from .lora_samples import LayerSamples, NotBatched, Pass
+from .ties import find_ties
 
 if TYPE_CHECKING:
     from .posterior import Posterior
@@ -36,6 +37,8 @@ class SampledLayers:
         if not posterior.parameters:
             raise NotBatched("its samples are not named Gaussians")
         self._posterior = posterior
+        if find_ties([g.parameter for g in posterior.parameters.values() if not is_sharded(g.parameter)]):
+            raise NotBatched("two of its parameters share one memory")
         owners = _owners(posterior.model)
         found: dict[tuple[nn.Module, str], dict[str, GaussianParameter]] = {}
         for name, gaussian in posterior.parameters.items():

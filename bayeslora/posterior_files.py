@@ -259,7 +259,7 @@ def _peft_keys(model: PeftModel, adapter: str) -> dict[str, str]:
 
     # PEFT alone knows how it renames: let it rename a state dict whose values carry their own names.
     every = dict(model.named_parameters(remove_duplicate=False))  # a tied one under each of its names
-    probe = {name: torch.tensor(i) for i, name in enumerate(every)}
+    probe = {name: torch.tensor(i, device="cpu") for i, name in enumerate(every)}
     names = list(probe)
     saved = get_peft_model_state_dict(
         model, state_dict=dict(probe), adapter_name=adapter, save_embedding_layers=False

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bayeslora.ivon_distributed import part_like, shard_of, whole
+from bayeslora.ties import find_ties
 
 
 @dataclass
@@ -71,8 +72,8 @@ def learned_gaussians(
                 p,
                 GaussianParameter(
                     parameter=p,
-                    mean=torch.where(changed, now.to(mean.dtype), mean),
-                    hess=whole(held["hess"].clone()),
+                    mean=torch.where(changed, now.to(mean.dtype), mean).contiguous(),
+                    hess=whole(held["hess"].clone(memory_format=torch.contiguous_format)),
                     stream=stream,
                     ess=float(group["ess"]),
                     weight_decay=float(group["weight_decay"]),
@@ -102,11 +103,21 @@ def prune_gaussians(
     if not 0.0 <= ratio < 1.0:
         raise ValueError(f"ratio must be in [0, 1), got {ratio!r}")
     total = 0
-    for g in gaussians:
+    gaussians = list(gaussians)
+    ties = find_ties([shard_of(g.parameter).local for g in gaussians])
+    for i, g in enumerate(gaussians):
         hess = g.hess.view(-1)
-        if g.hess.dim() >= 2:
+        if i in ties:  # elements of equal variance would be chosen in another order
+            first = gaussians[ties[i].first]
+            g.hess.copy_(ties[i].as_tied(first.hess))
+            g.mean.copy_(ties[i].as_tied(first.mean))
+        elif g.hess.dim() >= 2:
             # Within a tensor the variance falls with h; what is pruned already (h = inf) ranks first.
-            rank = hess if order is None else torch.rand(hess.shape, generator=order).to(hess.device)
+            rank = (
+                hess
+                if order is None
+                else torch.rand(hess.shape, generator=order, device=order.device).to(hess.device)
+            )
             rank = torch.where(torch.isinf(hess), -math.inf, rank)
             chosen = torch.argsort(rank, stable=True)[: math.floor(ratio * hess.numel())]
             hess[chosen] = math.inf

@@ -18,6 +18,7 @@ from bayeslora.ivon_distributed import fsdp_modules, is_sharded, part_like, resh
 from bayeslora.kernels.param_bucket import HYPER_WIDTH, ParamBucket, state_dtype
 from bayeslora.posterior_gaussian import GaussianParameter
 from bayeslora.reversible import Held, Reversible, use_of
+from bayeslora.ties import find_ties
 
 
 class Overwritten(Reversible):
@@ -152,8 +153,9 @@ def _hyper_groups(gaussians: Sequence[GaussianParameter]) -> list[tuple[float, f
 
 def _make_buckets(gaussians: Sequence[GaussianParameter]) -> list[ParamBucket]:
     groups = _hyper_groups(gaussians)
+    ties = find_ties([shard_of(g.parameter).local for g in gaussians])
     members: dict[tuple[torch.device, torch.dtype], list[GaussianParameter]] = {}
-    for g in gaussians:
+    for g in (g for i, g in enumerate(gaussians) if i not in ties):
         p = g.parameter
         members.setdefault((p.device, state_dtype(p.dtype)), []).append(g)
     buckets = []

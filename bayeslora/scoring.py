@@ -199,16 +199,16 @@ def collate(encoded: Sequence[EncodedQuestion], pad_token_id: int) -> ChoiceBatc
     """Pad encoded questions into one batch of CPU tensors."""
     sequences = [s for question in encoded for s in question.sequences]
     width = max(map(len, sequences))
-    input_ids = torch.full((len(sequences), width), pad_token_id)
-    attention_mask = torch.zeros(len(sequences), width, dtype=torch.long)
+    input_ids = torch.full((len(sequences), width), pad_token_id, device="cpu")
+    attention_mask = torch.zeros_like(input_ids)
     for row, tokens in enumerate(sequences):
-        input_ids[row, : len(tokens)] = torch.tensor(tokens)
+        input_ids[row, : len(tokens)] = torch.tensor(tokens, device="cpu")
         attention_mask[row, : len(tokens)] = 1
     choices = max(len(q.targets) for q in encoded)
     tokens_a_choice = max(len(c) for q in encoded for c in q.targets)
     shape = (len(encoded), choices, tokens_a_choice)
-    target_row, target_token = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-    target_mask = torch.zeros(shape, dtype=torch.bool)
+    target_row, target_token = torch.zeros(2, *shape, dtype=torch.long, device="cpu")
+    target_mask = torch.zeros(shape, dtype=torch.bool, device="cpu")
     rows: dict[tuple[int, int], int] = {}
     offset = 0
     for q, question in enumerate(encoded):
@@ -218,10 +218,11 @@ def collate(encoded: Sequence[EncodedQuestion], pad_token_id: int) -> ChoiceBatc
                 target_token[q, c, t] = token
                 target_mask[q, c, t] = True
         offset += len(question.sequences)
-    divisor = torch.tensor([q.divisors + [1] * (choices - len(q.targets)) for q in encoded])
-    row_sequence, row_position = torch.tensor(list(rows)).unbind(1)
+    divisors = [q.divisors + [1] * (choices - len(q.targets)) for q in encoded]
+    divisor = torch.tensor(divisors, device="cpu")
+    row_sequence, row_position = torch.tensor(list(rows), device="cpu").unbind(1)
     kept, row_kept = torch.unique(row_position, return_inverse=True)
-    labels = torch.tensor([q.answer for q in encoded])
+    labels = torch.tensor([q.answer for q in encoded], device="cpu")
     return ChoiceBatch(
         input_ids,
         attention_mask,

@@ -81,7 +81,7 @@ class Bench:
         self._patch = patch
         vocabulary = self.base.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
         generator = torch.Generator().manual_seed(2)
-        tokens = torch.randint(vocabulary, (case.batch, case.length), generator=generator)
+        tokens = torch.randint(vocabulary, (case.batch, case.length), generator=generator, device="cpu")
         self.tokens = tokens.to(device)
 
     def model(self, patched: bool) -> nn.Module:
@@ -231,8 +231,10 @@ def check_ivon(device: torch.device) -> None:
         AssertionError: they differ by more than rounding.
     """
     generator = torch.Generator().manual_seed(3)
-    start = [torch.randn(shape, generator=generator) * 0.01 for shape in ((16, 96), (96, 16), (33,))]
-    grads = [torch.randn(p.shape, generator=generator) * 1e-3 for p in start]
+    start = [
+        torch.randn(shape, generator=generator, device="cpu") * 0.01 for shape in ((16, 96), (96, 16), (33,))
+    ]
+    grads = [torch.randn(p.shape, generator=generator, device="cpu") * 1e-3 for p in start]
     params = [nn.Parameter(p.to(device, copy=True)) for p in start]
     for weight, grad in zip(params, grads, strict=True):
         weight.grad = grad.to(device)

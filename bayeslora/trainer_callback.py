@@ -78,12 +78,14 @@ class PosteriorCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave the model at the mean, however training ended."""
-        find_ivon(kwargs["optimizer"]).eval()
+        """Leave the model at the mean, however training ended, and say if steps were skipped."""
+        opt = find_ivon(kwargs["optimizer"])
+        opt.eval()
+        opt._report_skipped(final=True)
 
 
 class DiagnosticsCallback(TrainerCallback):
-    """Logs what :mod:`bayeslora.diagnostics` measures whenever HF Trainer logs.
+    """Logs what :mod:`bayeslora.diagnostics` measures, and the share of skipped steps, whenever Trainer logs.
 
     As in::
 
@@ -125,7 +127,7 @@ class DiagnosticsCallback(TrainerCallback):
         if not control.should_log:
             return
         optimizer, model = kwargs["optimizer"], kwargs["model"]
-        found = diagnose(optimizer, model)
+        found = {**diagnose(optimizer, model), "ivon/skipped": find_ivon(optimizer)._skipped_share()}
         if self.batch is not None:
             batch = self.trainer._prepare_inputs(dict(self.batch))
             training = model.training
@@ -142,3 +144,9 @@ class DiagnosticsCallback(TrainerCallback):
     ) -> None:
         """Do the same where Trainer logs once an epoch."""
         self.on_step_end(args, state, control, **kwargs)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Say how many steps were skipped, if any."""
+        find_ivon(kwargs["optimizer"])._report_skipped(final=True)

@@ -155,7 +155,7 @@ def sequence_scores(probs: Tensor, tokens: Tensor, mask: Tensor | None = None) -
     scores = [s.masked_fill(~keep, 0.0) for s in (by_token.total, by_token.aleatoric, by_token.epistemic)]
     chosen = probs.gather(-1, safe.expand(len(probs), -1, -1).unsqueeze(-1)).squeeze(-1)
     logs = chosen.clamp_min(torch.finfo(chosen.dtype).tiny).log().masked_fill(~keep, 0.0).sum(-1)
-    joint = logs.logsumexp(0) - torch.log(torch.tensor(float(len(probs))))
+    joint = logs.logsumexp(0) - torch.log(torch.tensor(float(len(probs)), device="cpu"))
     spread = (logs / count).std(0, correction=0)
     return SequenceUncertainty(
         Uncertainty(*scores), Uncertainty(*(s.sum(-1) / count for s in scores)), -joint / count, spread
@@ -205,7 +205,7 @@ def ood_auroc(in_scores: Tensor, out_scores: Tensor) -> float:
     parts = _vector("in_scores", in_scores), _vector("out_scores", out_scores)
     both = torch.cat(parts)
     rank = both.unique(return_inverse=True)[1]  # torchmetrics would squash scores outside of [0, 1]
-    foreign = torch.cat([torch.zeros(len(parts[0])), torch.ones(len(parts[1]))]).long()
+    foreign = torch.cat([torch.zeros_like(parts[0]), torch.ones_like(parts[1])]).long()
     auroc = _require("torchmetrics.functional.classification").binary_auroc
     return float(auroc(rank.double() / max(len(both), 2), foreign))
 
@@ -277,7 +277,7 @@ def ood_plot(
         rates = []
         for part in parts:
             below = torch.searchsorted(part.sort().values, thresholds)
-            rates.append(torch.cat([torch.zeros(1).double(), 1 - below.double() / len(part)]))
+            rates.append(torch.cat([thresholds.new_zeros(1), 1 - below.double() / len(part)]))
         label = f"{name} (AUROC {ood_auroc(inside, outside):.3f})"
         axis.plot(rates[0], rates[1], color=color, label=label)
     axis.plot([0, 1], [0, 1], "--", color=_GUIDE, linewidth=1.0)
@@ -293,7 +293,7 @@ def _entropy(probs: Tensor) -> Tensor:
 
 def _curve(errors: Tensor) -> tuple[Tensor, Tensor]:
     """Return risk and coverage of errors in the order of answering."""
-    count = torch.arange(1, len(errors) + 1, dtype=torch.float64)
+    count = torch.arange(1, len(errors) + 1, dtype=torch.float64, device="cpu")
     return errors.cumsum(0) / count, count / len(errors)
 
 

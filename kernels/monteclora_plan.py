@@ -96,7 +96,7 @@ class PerturbPlan:
             tile_site += [i] * (site.rows * ((site.cols + BLOCK - 1) // BLOCK))
             row_site += [i] * site.rows
         return (
-            torch.tensor(table, dtype=torch.int64).to(self.device),
-            torch.tensor(tile_site, dtype=torch.int32).to(self.device),
-            torch.tensor(row_site, dtype=torch.int32).to(self.device),
+            torch.tensor(table, dtype=torch.int64, device="cpu").to(self.device),
+            torch.tensor(tile_site, dtype=torch.int32, device="cpu").to(self.device),
+            torch.tensor(row_site, dtype=torch.int32, device="cpu").to(self.device),
         )

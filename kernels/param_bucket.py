@@ -115,6 +115,7 @@ class ParamBucket:
     ) -> None:
         self.params = list(params)
         self.owners = self.params  # whose gradients belong to them: DTensors, where these are local shards
+        self.tied: list[tuple[int, Tensor, Any]] = []  # index, another parameter over its memory, and how
         self.streams = list(streams)
         self.param_groups = list(param_groups)
         self.element_offsets = list(element_offsets or [0] * len(self.params))
@@ -136,6 +137,20 @@ class ParamBucket:
         self._tables: list[_GradTable] = []
         self.hyper_key: Any = None  # what the optimizer made the table from
         self.launches: dict[Any, tuple[Tensor | None, Any]] = {}  # by the kernels: table, bound launch
+
+    def apart(self) -> ParamBucket:
+        """Return a bucket of the same state over other tensors, to draw a sample beside the parameters."""
+        other = ParamBucket(
+            [torch.empty_like(p) for p in self.params],
+            self.streams,
+            self.param_groups,
+            self.element_offsets,
+            with_momentum=False,
+            num_groups=self.num_groups,
+        )
+        other.mean, other.hess, other.control, other.hyper = self.mean, self.hess, self.control, self.hyper
+        other._hyper_values = self._hyper_values
+        return other
 
     def _lay_out(self) -> tuple[list[int], int]:
         starts, end = [], 0
@@ -172,7 +187,6 @@ class ParamBucket:
         before = self._hyper_values
         if values == before:
             return
-        self._hyper_values = values
         if before is not None:
             changed = [
                 (i, j) for i, row in enumerate(values) for j, value in enumerate(row) if value != before[i][j]
@@ -180,11 +194,13 @@ class ParamBucket:
             if len(changed) <= _FEW_CHANGES:  # a scheduled learning rate: no pinned memory
                 for i, j in changed:
                     self.hyper[i, j].fill_(values[i][j])
+                self._hyper_values = values
                 return
-        host = torch.tensor(values, dtype=torch.float64)
+        host = torch.tensor(values, dtype=torch.float64, device="cpu")
         if self.device.type == "cuda":
             host = host.pin_memory()
         self.hyper.copy_(host, non_blocking=True)
+        self._hyper_values = values  # after the copy: an interrupt may come between
 
     def hyper_values(self) -> list[list[float]]:
         """Return the hyperparameter table as it was last set (the twin reads it on the host)."""
@@ -234,8 +250,8 @@ class ParamBucket:
             rows.append(row)
             tile_tensor += [i] * ((offset % 4 + param.numel() + BLOCK - 1) // BLOCK)
         return (
-            torch.tensor(rows, dtype=torch.int64).to(self.device),
-            torch.tensor(tile_tensor, dtype=torch.int32).to(self.device),
+            torch.tensor(rows, dtype=torch.int64, device="cpu").to(self.device),
+            torch.tensor(tile_tensor, dtype=torch.int32, device="cpu").to(self.device),
         )
 
     def grad_rows(self, grads: DenseGrads, active: Sequence[bool] | None) -> tuple[Tensor, bool]:
@@ -268,7 +284,7 @@ class ParamBucket:
     ) -> _GradTable:
         updated = [dtype is not None for dtype in dtypes] if active is None else list(active)
         codes = [0 if dtype is None else DTYPE_CODES[dtype] for dtype in dtypes]
-        table = torch.tensor([pointers, codes, updated], dtype=torch.int64).t().contiguous()
+        table = torch.tensor([pointers, codes, updated], dtype=torch.int64, device="cpu").t().contiguous()
         aligned = all(pointer % 16 == 0 for pointer in pointers)
         kept = None if active is None else updated
         return _GradTable(pointers, dtypes, kept, self._upload(table), aligned)

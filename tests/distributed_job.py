@@ -1,6 +1,7 @@
 """What each rank of the jobs in test_distributed.py runs, and the same on one process. Imports no peft."""
 
 import contextlib
+import logging
 import os
 from unittest import mock
 
@@ -122,6 +123,35 @@ def forgotten_run(rank):
         return str(error)
 
 
+def unequal_runs(rank):
+    """Independent noise over models that differ from rank to rank: the messages of the errors."""
+    messages = {}
+    for what in ("shapes", "weights"):
+        torch.manual_seed(rank)
+        weight = nn.Parameter(torch.randn(3 + (rank if what == "shapes" else 0)))
+        opt = IVON([weight], **SETTINGS, sync="independent")
+        with opt.sampled_params(train=True):
+            weight.square().sum().backward()
+        try:
+            opt.step()
+        except RuntimeError as error:
+            messages[what] = str(error)
+    return messages
+
+
+def drifting_run(rank):
+    """A gradient that turns infinite on rank 1 after DDP has averaged: what each rank logs."""
+    module = DistributedDataParallel(model())
+    opt = IVON(module.parameters(), **SETTINGS)
+    with opt.sampled_params(train=True):
+        loss_of(module, batch(0, rank)).backward()
+    if rank == 1:
+        module.module[0].weight.grad[0, 0] = torch.inf
+    with mock.patch.object(logging.getLogger("bayeslora"), "warning") as warning:
+        opt.step()
+    return [call.args[0] % call.args[1:] for call in warning.call_args_list]
+
+
 def hess_change(rank, sync):
     """One step at a constant gradient: the new Hessian minus the old, WIDTH draws of the estimator."""
     weight = nn.Parameter(torch.zeros(WIDTH))
@@ -228,6 +258,8 @@ def first_job(rank, port, folder):
         "independent": independent_run(rank, wrapped=False),
         "independent_ddp": independent_run(rank, wrapped=True),
         "forgotten": forgotten_run(rank),
+        "unequal": unequal_runs(rank),
+        "drifting": drifting_run(rank),
         "hess": {sync: hess_change(rank, sync) for sync in ("shared", "independent")},
         "sharded": sharded_run(rank, folder),
         "straight": ddp_run(rank, stop=CRASH_STEPS),

@@ -121,6 +121,22 @@ def test_independent_noise_on_averaged_gradients_is_an_error(ranks):
         assert "Call bayeslora.keep_gradients_local(ddp_model)" in rank["forgotten"]
 
 
+def test_models_that_differ_over_the_ranks_are_an_error(ranks):
+    for rank in ranks:
+        for what, message in rank["unequal"].items():
+            assert (
+                f"the ranks have different {what}" in message and "give every rank the same model" in message
+            )
+        assert len(rank["unequal"]) == 2
+
+
+def test_a_step_that_one_rank_skips_is_said_with_the_rank(ranks):
+    assert ranks[0]["drifting"] == []
+    (line,) = ranks[1]["drifting"]
+    assert "skipped 1 of 1 steps" in line
+    assert "on rank 1 of 2 (a rank that does not say so took them, and its weights are others now)" in line
+
+
 def test_keep_gradients_local_wants_ddp():
     with pytest.raises(ValueError, match=r"model \(Linear\) holds no DistributedDataParallel"):
         keep_gradients_local(nn.Linear(2, 2))
