@@ -163,6 +163,7 @@ def test_rows_flattened_in_order_share_a_pass(kind, caplog):
 
 def test_one_probe_serves_batches_of_every_size(caplog):
     posterior, calls = _posterior(RowMajorRows()), []
+    caplog.clear()
     posterior.model.register_forward_pre_hook(lambda _, args: calls.append(args[0].shape[0]))
     for rows, length in ((2, 3), (1, 5), (4, 2)):
         with caplog.at_level(logging.INFO, "bayeslora"):
@@ -221,6 +222,7 @@ def test_generation_of_a_model_with_a_time_first_block_is_run_in_turn(caplog):
     settings = {"max_new_tokens": 5, "min_new_tokens": 5, "seeds": SEEDS}
     block = posterior.model.base_model.model.model.layers[0].mlp
     forward = block.forward
+    caplog.clear()
     with caplog.at_level(logging.INFO, "bayeslora"):
         expected = posterior.generate(prompt, batched=False, **settings)
         assert torch.equal(posterior.generate(prompt, **settings), expected) and not caplog.records
