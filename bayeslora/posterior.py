@@ -22,7 +22,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from bayeslora.posterior_gaussian import GaussianParameter, prune_gaussians
+from bayeslora.posterior_gaussian import (
+    FixedTensor,
+    GaussianParameter,
+    fixed_tensors,
+    in_place,
+    prune_gaussians,
+)
 from bayeslora.posterior_lifecycle import PosteriorLifecycle
 from bayeslora.posterior_predict import check_scale, check_seed, check_seeds, generate, predict
 from bayeslora.posterior_sampling import SampleWriter
@@ -36,23 +42,27 @@ if TYPE_CHECKING:
 class Posterior(PosteriorLifecycle):
     """A diagonal Gaussian posterior over the trained parameters of a model.
 
-    Made by :meth:`from_optimizer` or :meth:`from_pretrained`. It keeps its own fp32 mean and Hessian, so
-    further training of the model does not change it.
+    Made by :meth:`from_optimizer` or :meth:`from_pretrained`. It keeps its own fp32 mean and Hessian, and its
+    own copy of the adapter's other tensors (a head trained at its mean), so further training of the adapter
+    does not change it: a sample puts all of them in place, and back what was there. The base model is the
+    live one.
 
     Args:
         model: the model whose parameters are sampled.
         parameters: name in ``model.named_parameters()`` of each tensor, and its Gaussian.
         pruned: the ratios :meth:`prune` was called with, in order.
+        fixed: name and value of each tensor of the adapter that no sample changes.
     """
 
     model: nn.Module
     parameters: dict[str, GaussianParameter]
     pruned: list[float] = field(default_factory=list)
+    fixed: dict[str, FixedTensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._writer = SampleWriter()
         self._stds: dict[int, tuple[Any, Tensor]] = {}  # of posterior_batched.py
-        self._homes: list[tuple[Any, str]] | None = None  # of posterior_predict.py
+        self._homes: list[tuple[Any, str]] | None = None  # of posterior_adapters.py
 
     # ---- where it comes from ---------------------------------------------------------------------
 
@@ -80,13 +90,15 @@ class Posterior(PosteriorLifecycle):
                     "pass the model whose parameters were given to IVON"
                 )
             parameters[names[id(p)]] = gaussian
-        return cls(model, parameters)
+        sampled = [g.parameter for g in parameters.values()]
+        fixed = fixed_tensors(model, sampled, inner.param_groups, inner.state)
+        return cls(model, parameters, fixed=fixed)
 
     @classmethod
     def from_monteclora(cls, model: nn.Module, adapter_name: str | None = None) -> Posterior:
         """Return the posterior of a MonteCLoRA adapter: what its training draws the matrices from.
 
-        It samples, predicts, prunes, saves and loads as IVON's does.
+        It samples, predicts, prunes, saves and loads as IVON's does, and is kept as IVON's is.
 
         Args:
             model: a patched model with MonteCLoRA layers.
@@ -105,12 +117,19 @@ class Posterior(PosteriorLifecycle):
 
     @classmethod
     def from_pretrained(
-        cls, model: nn.Module, path: str | PathLike[str], adapter_name: str | None = None
+        cls,
+        model: nn.Module,
+        path: str | PathLike[str],
+        adapter_name: str | None = None,
+        *,
+        is_trainable: bool = False,
     ) -> Posterior:
         """Load an adapter and its posterior from a folder made by :meth:`save_pretrained`.
 
         The base may be on another device, in another dtype or quantized: mean and Hessian are kept in fp32
-        where the adapter's parameters are.
+        where the adapter's parameters are. The files are read once and checked before anything is written;
+        afterwards they may change or go. A folder can ask PEFT for any regular expression over the model's
+        modules (``target_modules``), which may take forever: load only what you would run as code.
 
         Args:
             model: a PEFT model whose active adapter takes the mean, or a base model, which gets the
@@ -119,31 +138,38 @@ class Posterior(PosteriorLifecycle):
             adapter_name: the adapter that takes the mean, added to a PEFT model that does not have it, and
                 active afterwards; None for the active one ("default" on a base model). So several adapters
                 with a posterior each live in one model; each predicts while its adapter is active.
+            is_trainable: leave the adapter trainable, for the next task. A base model's comes frozen
+                otherwise, as with PEFT.
 
         Returns:
             The posterior; ``posterior.model`` is the PEFT model.
 
         Raises:
             FileNotFoundError: the folder or one of its files is missing.
-            ValueError: a file is damaged, or does not fit the model (another rank, another base model);
-                names the file, the key and both shapes. The model is then as it was.
+            ValueError: a file is damaged, belongs to another save or holds what no posterior can be, or does
+                not fit the model (another rank, another base model); names the file, the key and both shapes.
+            Exception: whatever it is, an interrupt too: the model, its adapters, what is trainable and its
+                weights are then as they were.
         """
-        from bayeslora.posterior_files import load_posterior
+        from bayeslora.posterior_loading import load_posterior
 
-        return load_posterior(model, path, adapter_name)
+        return load_posterior(model, path, adapter_name, is_trainable)
 
     def save_pretrained(self, path: str | PathLike[str]) -> None:
         """Write the PEFT adapter at the mean, and the posterior beside it.
 
         The folder holds ``adapter_config.json`` and ``adapter_model.safetensors`` (PEFT's own format, mean
-        in fp32), ``posterior.safetensors`` (fp32 Hessian, PEFT's key names) and ``posterior_config.json``.
+        in fp32), ``posterior.safetensors`` (fp32 Hessian, PEFT's key names) and ``posterior_config.json``,
+        which ties them together. A save over an earlier one replaces it as a whole: if it fails or the
+        process is killed, the earlier one can still be loaded. Other files in the folder stay.
 
         Args:
             path: the folder, made if it does not exist.
 
         Raises:
             TypeError: the model is not a PEFT model.
-            ValueError: a parameter of the posterior is not part of the adapter.
+            ValueError: a parameter of the posterior is not part of the adapter, PEFT's file does not hold it
+                as it is, or the posterior's values are not finite.
         """
         from bayeslora.posterior_files import save_posterior
 
@@ -157,7 +183,8 @@ class Posterior(PosteriorLifecycle):
     ) -> Iterator[None]:
         """Put sample ``seed`` into the model's parameters; put back what they held at the end.
 
-        θ = m + sqrt(variance_scale) · σ z(seed), cast to each parameter's dtype.
+        θ = m + sqrt(variance_scale) · σ z(seed), cast to each parameter's dtype; what no sample changes
+        (:attr:`fixed`) takes the posterior's own value.
 
         Args:
             seed: 64-bit name of the sample.
@@ -173,7 +200,11 @@ class Posterior(PosteriorLifecycle):
             ...     logits = posterior.model(tokens).logits
         """
         variance_scale = check_scale(variance_scale, ess_scale)
-        with self._writer.sample(list(self.parameters.values()), check_seed(seed), variance_scale):
+        seed = check_seed(seed)
+        with (
+            in_place(self.fixed.values()),
+            self._writer.sample(list(self.parameters.values()), seed, variance_scale),
+        ):
             yield
 
     def predict(
@@ -195,10 +226,10 @@ class Posterior(PosteriorLifecycle):
 
         With ``batched`` the samples are one pass: the batch is repeated S times, and each patched layer
         perturbs its rows by their sample (``posterior_batched.py``). The result is that of one pass a
-        sample, up to the rounding of the products. Where that cannot be (a perturbed head or bias, a
-        quantized base, MonteCLoRA, an unpatched model, one that does not keep the batch first, an input with
-        another first dimension than the batch's) the samples run one after another, and one log line says
-        why.
+        sample, up to the rounding of the products. Where that cannot be (a perturbed head or bias, a head
+        that was trained on since the posterior was made, a quantized base, MonteCLoRA, an unpatched model,
+        one that does not keep the batch first, an input with another first dimension than the batch's) the
+        samples run one after another, and one log line says why.
 
         Args:
             batch: a mapping (passed as keyword arguments), a tensor, or a tuple of positional arguments.
@@ -307,7 +338,8 @@ class Posterior(PosteriorLifecycle):
         """Zero the elements with the largest variance, per weight matrix, in the mean and every sample.
 
         In each tensor of two or more dimensions, ``floor(ratio · numel)`` elements are zero afterwards;
-        those pruned before count, so calling it twice with one ratio changes nothing.
+        those pruned before count, so calling it twice with one ratio changes nothing. An interrupt leaves
+        all as it was.
 
         Args:
             ratio: fraction to prune, in [0, 1).
@@ -326,10 +358,7 @@ class Posterior(PosteriorLifecycle):
 
     def _prune(self, ratio: float, order: torch.Generator | None = None) -> int:
         """Prune by variance, or in the random order of a generator; see :meth:`prune`."""
-        total = prune_gaussians(self.parameters.values(), ratio, order)
-        self.pruned.append(ratio)
-        self._writer.forget()
-        return total
+        return prune_gaussians(self, ratio, order)
 
     def prune_sweep(
         self,
