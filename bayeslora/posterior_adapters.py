@@ -221,15 +221,18 @@ def file_keys(model: PeftModel, adapter: str) -> dict[str, str]:
 # ---- adapters that are added ---------------------------------------------------------------------
 
 
-def rewriting(config: PeftConfig) -> tuple[Any, ...] | None:
-    """Return what decides how PEFT changes the base's weights when it adds such an adapter; None: not at all.
+def rewriting(config: PeftConfig) -> tuple[Any, ...]:
+    """Return how PEFT changes the base's weights when it adds such an adapter; empty: not at all.
 
-    PiSSA, OLoRA, CorDA and LoRA-GA subtract the adapter's start from the base; LoftQ and KaSA round it.
+    PiSSA, OLoRA, CorDA and LoRA-GA subtract the adapter's start from the base; LoftQ and KaSA round it. The
+    name of that comes first, then what else decides the change.
     """
     init: Any = getattr(config, "init_lora_weights", None)
     how = init.lower() if isinstance(init, str) and init.lower().startswith(_REWRITING) else None
-    if how is None and getattr(config, "kasa_config", None) is None:
-        return None
+    if getattr(config, "kasa_config", None) is not None:
+        how = "kasa"
+    if how is None:
+        return ()
     values = (getattr(config, name, None) for name in _OF_THE_REWRITING)
     return how, *(sorted(value) if isinstance(value, list | set) else value for value in values)
 
@@ -242,12 +245,12 @@ def add_beside(
     Where the config's initialisation would change them, that was done when the model got its first adapter.
     """
     added = copy.deepcopy(config)
-    if rewriting(config) is not None:
+    if rewriting(config):
         added.init_lora_weights = False  # type: ignore[attr-defined]
     before = [(p, p.data) for p in model.parameters() if type(p) is nn.Parameter]
     model.add_adapter(adapter, added, low_cpu_mem_usage=low_cpu_mem_usage)
     for p, data in before:
         if p.data_ptr() != data.data_ptr():
             p.data = data
-    if rewriting(config) is not None:  # whoever loads its file onto the bare base needs it
+    if rewriting(config):  # whoever loads its file onto the bare base needs it
         model.peft_config[adapter].init_lora_weights = config.init_lora_weights  # type: ignore[attr-defined]

@@ -117,8 +117,6 @@ def check_ivon(saved: SavedFolder) -> None:
     file, hess_file = saved.file(POSTERIOR_CONFIG), saved.file(POSTERIOR_WEIGHTS)
     if not isinstance(entries, dict) or not entries:
         raise ValueError(f"{file}: 'parameters' must list tensors of {ADAPTER_WEIGHTS}, got {entries!r}")
-    if extra := saved.beside.keys() - entries.keys():
-        raise ValueError(f"{hess_file}: {min(extra)!r} is not listed in {POSTERIOR_CONFIG}")
     streams: dict[int, str] = {}
     for key, entry in entries.items():
         _check_entry(f"{file}: the entry of {key!r}", entry)
@@ -136,6 +134,8 @@ def check_ivon(saved: SavedFolder) -> None:
         first = streams.setdefault(entry["stream"], key)
         if first != key:
             _check_tied(saved, key, first)
+    if extra := saved.beside.keys() - entries.keys():
+        raise ValueError(f"{hess_file}: {min(extra)!r} is not listed in {POSTERIOR_CONFIG}")
 
 
 def check_gaussian(where: str, mean: Tensor, hess: Tensor, ess: float, weight_decay: float) -> None:

@@ -297,7 +297,7 @@ def _parts(posterior: Any) -> _Parts:
             config = getattr(posterior.model, "peft_config", {}).get(place.adapter)
             scaling = getattr(place.layer, "scaling", None)
             scale = scaling.get(place.adapter) if isinstance(scaling, dict) else None
-            uses[place.key] = scale, None if config is None else rewriting(config)
+            uses[place.key] = scale, () if config is None else rewriting(config)
     return _Parts(
         {key(name, g.parameter): (name, g) for name, g in posterior.parameters.items()},
         {key(name, f.tensor): f.value for name, f in posterior.fixed.items()},

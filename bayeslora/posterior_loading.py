@@ -123,25 +123,22 @@ def _check_by_adding(model: nn.Module, saved: SavedFolder, adapter: str) -> list
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     config: Any = copy.deepcopy(saved.adapter_config)
-    rewrites = rewriting(config) is not None and not isinstance(model, PeftModel)
+    rewrites = bool(rewriting(config)) and not isinstance(model, PeftModel)
     if rewrites:
         config.init_lora_weights = False
     own = {memory(p) for p in model.parameters()}
     with unchanged_on_failure(model, always=True):
         try:
-            if isinstance(model, PeftModel):
-                add_beside(model, adapter, config, low_cpu_mem_usage=True)
-                added: Any = model
-            else:
-                added = get_peft_model(model, config, adapter, low_cpu_mem_usage=True)  # type: ignore[arg-type]
+            with torch.device("meta"):  # whatever rank the config asks for
+                if isinstance(model, PeftModel):
+                    add_beside(model, adapter, config, low_cpu_mem_usage=True)
+                    added: Any = model
+                else:
+                    added = get_peft_model(model, config, adapter, low_cpu_mem_usage=True)  # type: ignore[arg-type]
             held = _held(added, saved, adapter)
-        except (ImportError, MemoryError):
-            raise
-        except (
-            NotImplementedError
-        ):  # some kinds cannot be without memory: they are compared once they are there
+        except (NotImplementedError, RuntimeError):  # some kinds need memory: they are compared later
             return []
-        except Exception as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{saved.file(ADAPTER_CONFIG)} does not fit the model: {error}") from error
         for key, value in held.items():
             if key in saved.values:
@@ -194,9 +191,9 @@ def _check_shape(saved: SavedFolder, key: str, held: Tensor) -> None:
 def _check_meaning(saved: SavedFolder, model: PeftModel, adapter: str) -> None:
     """Check that the adapter computes with its tensors what the saved one did: shapes do not tell."""
     config, own = saved.adapter_config, model.peft_config[adapter]
-    values = {name: (getattr(config, name, None), getattr(own, name, None)) for name in _MEANING}
-    init = [c.init_lora_weights if rewriting(c) else None for c in (config, own)]  # type: ignore[attr-defined]
-    for name, (found, wanted) in {**values, "init_lora_weights": (init[0], init[1])}.items():
+    values: dict[str, Any] = {n: (getattr(config, n, None), getattr(own, n, None)) for n in _MEANING}
+    values["a base changed by"] = rewriting(config)[:1], rewriting(own)[:1]
+    for name, (found, wanted) in values.items():
         if found != wanted:
             raise ValueError(
                 f"{saved.file(ADAPTER_CONFIG)} has {name}={found!r}, the model's adapter {adapter!r} "
@@ -206,18 +203,18 @@ def _check_meaning(saved: SavedFolder, model: PeftModel, adapter: str) -> None:
 
 def _check_base_fits(saved: SavedFolder, model: PeftModel) -> None:
     wanted = rewriting(saved.adapter_config)
-    if wanted is not None and wanted not in [rewriting(config) for config in model.peft_config.values()]:
+    if wanted and wanted not in [rewriting(config) for config in model.peft_config.values()]:
         raise ValueError(
-            f"{saved.file(ADAPTER_CONFIG)} has init_lora_weights={wanted[0]!r}, which changes the base that "
+            f"{saved.file(ADAPTER_CONFIG)} is of an adapter whose start ({wanted[0]}) changes the base that "
             f"the model's adapters {[*model.peft_config]} need; load it onto a base model of its own"
         )
 
 
 def _check_base_is_known(saved: SavedFolder) -> None:
     wanted = rewriting(saved.adapter_config)
-    if wanted is not None and str(wanted[0]).startswith(_UNKNOWN_BASE):
+    if wanted and wanted[0].startswith(_UNKNOWN_BASE):
         raise ValueError(
-            f"{saved.file(ADAPTER_CONFIG)} has init_lora_weights={wanted[0]!r}: that changed the base by "
+            f"{saved.file(ADAPTER_CONFIG)} is of an adapter whose start ({wanted[0]}) changed the base by "
             "what the folder does not hold; load it into the PEFT model that was trained"
         )
 
