@@ -130,7 +130,8 @@ def check_ivon(saved: SavedFolder) -> None:
                 f"{hess_file}: {key!r} has shape {tuple(hess.shape)}, "
                 f"in {ADAPTER_WEIGHTS} it has {tuple(mean.shape)}"
             )
-        check_gaussian(f"{hess_file}: {key!r}", mean, hess, entry["ess"], entry["weight_decay"])
+        numbers = float(entry["ess"]), float(entry["weight_decay"])
+        check_gaussian(f"{hess_file}: {key!r}", mean, hess, *numbers)
         first = streams.setdefault(entry["stream"], key)
         if first != key:
             _check_tied(saved, key, first)

@@ -37,7 +37,7 @@ from bayeslora.posterior_gaussian import FixedTensor, GaussianParameter
 from bayeslora.transactions import unchanged_on_failure
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
 # What an adapter computes, beside its tensors.
 _MEANING = (
@@ -80,7 +80,7 @@ def put_into(
         is_trainable: leave it trainable.
         build: writes the weights into the adapter and returns the posterior.
     """
-    from peft import PeftModel, get_peft_model
+    from peft import PeftModel
 
     config, peft_model = copy.deepcopy(saved.adapter_config), isinstance(model, PeftModel)
     adapter = adapter_name or (active_adapter(model) if peft_model else "default")
@@ -91,16 +91,15 @@ def put_into(
             written = _check_by_adding(model, saved, adapter)
         elif adapter in model.peft_config:
             _check_meaning(saved, model, adapter)
-            written = [place.tensor for place in places(model) if place.adapter == adapter]
-            written += _held(model, saved, adapter).values()
+            own = [place.tensor for place in places(model) if place.adapter == adapter]
+            held = _held(model, saved, adapter).values()
+            written = [*{memory(tensor): tensor for tensor in (*own, *held)}.values()]
         else:
             _check_base_fits(saved, model)
             written = _check_by_adding(model, saved, adapter)
         with unchanged_on_failure(model, written):
-            if not peft_model:
-                model = get_peft_model(model, config, adapter)
-            elif adapter not in model.peft_config:
-                add_beside(model, adapter, config)
+            if not peft_model or adapter not in model.peft_config:
+                model = _added(model, saved, adapter, config)
             posterior = build(model, saved, adapter)
             if is_trainable or (peft_model and adapter_name is not None):
                 model.set_adapter(adapter)
@@ -119,7 +118,7 @@ def _check_by_adding(model: nn.Module, saved: SavedFolder, adapter: str) -> list
     Raises:
         ValueError: it does not fit.
     """
-    from peft import PeftModel, get_peft_model
+    from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     config: Any = copy.deepcopy(saved.adapter_config)
@@ -130,16 +129,10 @@ def _check_by_adding(model: nn.Module, saved: SavedFolder, adapter: str) -> list
     with unchanged_on_failure(model, always=True):
         try:
             with torch.device("meta"):  # whatever rank the config asks for
-                if isinstance(model, PeftModel):
-                    add_beside(model, adapter, config, low_cpu_mem_usage=True)
-                    added: Any = model
-                else:
-                    added = get_peft_model(model, config, adapter, low_cpu_mem_usage=True)  # type: ignore[arg-type]
+                added = _added(model, saved, adapter, config, low_cpu_mem_usage=True)
             held = _held(added, saved, adapter)
-        except (NotImplementedError, RuntimeError):  # some kinds need memory: they are compared later
+        except RuntimeError:  # some kinds of adapters need memory: they are compared once they have it
             return []
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{saved.file(ADAPTER_CONFIG)} does not fit the model: {error}") from error
         for key, value in held.items():
             if key in saved.values:
                 _check_shape(saved, key, value)
@@ -148,6 +141,28 @@ def _check_by_adding(model: nn.Module, saved: SavedFolder, adapter: str) -> list
             layers = [layer for layer in added.modules() if isinstance(layer, BaseTunerLayer)]
             written += [p for layer in layers for p in layer.get_base_layer().parameters()]
     return written
+
+
+def _added(
+    model: Any, saved: SavedFolder, adapter: str, config: PeftConfig, *, low_cpu_mem_usage: bool = False
+) -> PeftModel:
+    """Add an adapter to a base model or beside others; return the PEFT model.
+
+    Raises:
+        ValueError: PEFT cannot.
+    """
+    from peft import PeftModel, get_peft_model
+
+    try:
+        if not isinstance(model, PeftModel):
+            return get_peft_model(model, config, adapter, low_cpu_mem_usage=low_cpu_mem_usage)  # type: ignore
+        add_beside(model, adapter, config, low_cpu_mem_usage=low_cpu_mem_usage)
+        return model
+    except (RuntimeError, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{saved.file(ADAPTER_CONFIG)} does not fit the model: {reason}") from error
 
 
 def _held(model: PeftModel, saved: SavedFolder, adapter: str) -> dict[str, Tensor]:
@@ -264,11 +279,10 @@ def _build(model: PeftModel, saved: SavedFolder, adapter: str) -> Posterior:
         mean, hess = (
             tensors[key].to(p.device, state_dtype(p.dtype)) for tensors in (saved.values, saved.beside)
         )
-        check_gaussian(
-            f"{saved.file(POSTERIOR_WEIGHTS)}: {key!r}", mean, hess, entry["ess"], entry["weight_decay"]
-        )
-        numbers = entry["stream"], float(entry["ess"]), float(entry["weight_decay"])
-        gaussians[own_names[id(p)]] = GaussianParameter(p, mean, hess, *numbers)
+        ess, weight_decay = float(entry["ess"]), float(entry["weight_decay"])
+        check_gaussian(f"{saved.file(POSTERIOR_WEIGHTS)}: {key!r}", mean, hess, ess, weight_decay)
+        stream = entry["stream"]
+        gaussians[own_names[id(p)]] = GaussianParameter(p, mean, hess, stream, ess, weight_decay)
     fixed = {
         name: FixedTensor(every[name], saved.values[key].to(every[name].device))
         for key, name in names.items()
