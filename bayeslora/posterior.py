@@ -28,6 +28,7 @@ from bayeslora.posterior_gaussian import (
     fixed_tensors,
     in_place,
     prune_gaussians,
+    unperturbed_means,
 )
 from bayeslora.posterior_lifecycle import PosteriorLifecycle
 from bayeslora.posterior_predict import check_scale, check_seed, check_seeds, generate, predict
@@ -36,6 +37,7 @@ from bayeslora.posterior_sweeps import Predictions, Sweep, prune_sweep, variance
 
 if TYPE_CHECKING:
     from bayeslora.ivon import IVON
+    from bayeslora.posterior_adapters import Place
 
 
 @dataclass
@@ -62,7 +64,7 @@ class Posterior(PosteriorLifecycle):
     def __post_init__(self) -> None:
         self._writer = SampleWriter()
         self._stds: dict[int, tuple[Any, Tensor]] = {}  # of posterior_batched.py
-        self._homes: list[tuple[Any, str]] | None = None  # of posterior_adapters.py
+        self._places: dict[str, list[Place]] | None = None  # of posterior_adapters.py
 
     # ---- where it comes from ---------------------------------------------------------------------
 
@@ -91,7 +93,7 @@ class Posterior(PosteriorLifecycle):
                 )
             parameters[names[id(p)]] = gaussian
         sampled = [g.parameter for g in parameters.values()]
-        fixed = fixed_tensors(model, sampled, inner.param_groups, inner.state)
+        fixed = fixed_tensors(model, sampled, unperturbed_means(inner.param_groups, inner.state))
         return cls(model, parameters, fixed=fixed)
 
     @classmethod

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from .posterior import Posterior
 
+_CONTAINERS = ("ModuleDict", "ParameterDict", "BufferDict")  # by adapter; the last is PEFT's
 _REWRITING = ("pissa", "corda", "olora", "loftq", "lora_ga")
 _OF_THE_REWRITING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules")
 
@@ -82,28 +83,45 @@ def places(model: nn.Module) -> list[Place]:
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     kinds: Any = (BaseTunerLayer, AuxiliaryTrainingWrapper, BaseTuner, PeftModel)
+    is_kind: dict[type, bool] = {}  # by type: asking is slow
     found: list[Place] = []
-    for path, layer in model.named_modules():
-        if isinstance(layer, kinds):
-            for side, held in layer.named_children():
-                if isinstance(held, nn.ModuleDict | nn.ParameterDict) or type(held).__name__ == "BufferDict":
-                    found += [Place(path, layer, side, *where) for where in _held_by(held)]
+    seen: set[nn.Module] = set()
+    waiting: list[tuple[str, nn.Module]] = [("", model)]
+    while waiting:
+        path, layer = waiting.pop()
+        if layer in seen:
+            continue
+        seen.add(layer)
+        kind, inside = type(layer), []
+        if kind not in is_kind:
+            is_kind[kind] = isinstance(layer, kinds)
+        for side, held in layer._modules.items():
+            if held is None:
+                continue
+            if is_kind[kind] and type(held).__name__ in _CONTAINERS:
+                found += [Place(path, layer, side, *where) for where in _held_by(held)]
+            inside.append((f"{path}.{side}" if path else side, held))
+        waiting += reversed(inside)
     return found
 
 
 def _held_by(container: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
     """Yield adapter, inner name and tensor of what a container holds."""
-    for adapter, tensor in (*container._parameters.items(), *container._buffers.items()):
-        if tensor is not None:
-            yield adapter, "", tensor
+    for adapter, tensor in _direct(container):
+        yield adapter, "", tensor
     for adapter, part in container._modules.items():
-        if part is not None:
-            named = (
-                *part.named_parameters(remove_duplicate=False),
-                *part.named_buffers(remove_duplicate=False),
-            )
-            for inner, tensor in named:
-                yield adapter, inner, tensor
+        if part is not None and part._modules:
+            for path, module in part.named_modules(remove_duplicate=False):
+                yield from (
+                    (adapter, f"{path}.{name}".lstrip("."), tensor) for name, tensor in _direct(module)
+                )
+        elif part is not None:  # the usual case, in which generators would take most of the time
+            yield from ((adapter, name, tensor) for name, tensor in _direct(part))
+
+
+def _direct(module: nn.Module) -> list[tuple[str, Tensor]]:
+    own = (*module._parameters.items(), *module._buffers.items())
+    return [(name, tensor) for name, tensor in own if tensor is not None]
 
 
 def places_by_memory(model: nn.Module) -> dict[Any, list[Place]]:
@@ -114,19 +132,24 @@ def places_by_memory(model: nn.Module) -> dict[Any, list[Place]]:
     return found
 
 
-def homes(posterior: Posterior) -> list[tuple[Any, str]]:
-    """Return PEFT's layers that hold the posterior's parameters, and the adapter they are of.
+def places_of(posterior: Posterior) -> dict[str, list[Place]]:
+    """Return the places of each of the posterior's parameters, by its name; several where it is tied.
 
     Found once: a search through a large model takes longer than a pass of few tokens.
     """
-    if posterior._homes is None:
-        names = posterior.mean.keys()
-        sampled = {memory(p) for name, p in posterior.model.named_parameters() if name in names}
-        found = [place for place in places(posterior.model) if memory(place.tensor) in sampled]
-        # What all layers share lies in PEFT's model, which is not merged or switched itself.
-        layers = ((p.layer, p.adapter) for p in found if hasattr(type(p.layer), "merged_adapters"))
-        posterior._homes = list(dict.fromkeys(layers))
-    return posterior._homes
+    if posterior._places is None:
+        held, names = places_by_memory(posterior.model), posterior.mean.keys()
+        named = ((name, p) for name, p in posterior.model.named_parameters() if name in names)
+        posterior._places = {name: held.get(memory(p), []) for name, p in named}
+    return posterior._places
+
+
+def homes(posterior: Posterior) -> list[tuple[Any, str]]:
+    """Return PEFT's layers and heads that hold the posterior's parameters, and the adapter they are of."""
+    found = (place for held in places_of(posterior).values() for place in held)
+    # What all layers share lies in PEFT's model, which is not merged or switched itself.
+    layers = ((p.layer, p.adapter) for p in found if hasattr(type(p.layer), "merged_adapters"))
+    return list(dict.fromkeys(layers))
 
 
 def adapter_of(model: PeftModel, tensors: Iterable[Tensor]) -> str:

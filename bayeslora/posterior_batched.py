@@ -31,7 +31,7 @@ from .kernels import lora_perturbed_twin as twin
 from .kernels.lora_perturbed_twin import Perturbation
 from .lora_linear import LoraWeights, compute_dtype
 from .lora_products import cast
-from .posterior_adapters import Place, memory, places_by_memory
+from .posterior_adapters import Place, places_of
 from .posterior_gaussian import first_moved
 
 if TYPE_CHECKING:
@@ -193,12 +193,12 @@ class SampledLayers:
         moved = first_moved(posterior.fixed)
         if moved is not None:
             raise NotBatched(f"{moved} has changed since the posterior was made")
-        held = places_by_memory(posterior.model)
+        held = places_of(posterior)
         found: dict[tuple[nn.Module, str], dict[str, GaussianParameter]] = {}
         for name, gaussian in posterior.parameters.items():
             if is_sharded(gaussian.parameter):
                 raise NotBatched(f"{name} is sharded")
-            places = held.get(memory(gaussian.parameter), [])
+            places = held.get(name, [])
             if not places or not all(_is_patched_matrix(place, gaussian.parameter) for place in places):
                 raise NotBatched(f"{name} is not lora_A or lora_B of a patched layer")
             for place in places:  # several where layers share the matrix
@@ -246,8 +246,12 @@ def _is_patched_matrix(place: Place, parameter: Tensor) -> bool:
     """Tell whether a place is A or B of a patched layer, which reads the parameter as it is."""
     from .patching import FusedLoraLinear
 
-    matrix = type(place.layer) is FusedLoraLinear and place.side in ("lora_A", "lora_B")
-    return matrix and place.tensor.shape == parameter.shape and place.tensor.stride() == parameter.stride()
+    if type(place.layer) is not FusedLoraLinear or place.side not in ("lora_A", "lora_B"):
+        return False
+    held = getattr(place.layer, place.side)
+    if place.adapter not in held or held[place.adapter].weight is not place.tensor:
+        return False  # another one was put there
+    return place.tensor.shape == parameter.shape and place.tensor.stride() == parameter.stride()
 
 
 def _check_active(layer: Any, adapter: str) -> None:

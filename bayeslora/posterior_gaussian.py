@@ -93,36 +93,39 @@ def learned_gaussians(
 
 
 @torch.no_grad()
+def unperturbed_means(
+    param_groups: Iterable[dict[str, Any]], state: Mapping[Tensor, dict[str, Tensor]]
+) -> dict[Any, Tensor]:
+    """Return a copy of what an IVON optimizer trains at its mean (``"perturb": False``), by its memory."""
+    trained = _trained(param_groups, state)
+    return {memory(p): _mean(p, held) for _, group, p, held in trained if not group.get("perturb", True)}
+
+
+@torch.no_grad()
 def fixed_tensors(
-    model: nn.Module,
-    sampled: Iterable[Tensor],
-    param_groups: Iterable[dict[str, Any]] = (),
-    state: Mapping[Tensor, dict[str, Tensor]] | None = None,
+    model: nn.Module, sampled: Iterable[Tensor], values: Mapping[Any, Tensor] | None = None
 ) -> dict[str, FixedTensor]:
     """Return a copy of what the posterior needs beside its samples, by name.
 
-    That is what an IVON optimizer trains at its mean (``"perturb": False``), and every other tensor of the
-    adapters that the sampled ones are of, whoever trains it.
+    That is every other tensor of the adapters that the sampled ones are of, whoever trains it.
 
     Args:
         model: a model, at the mean.
         sampled: the tensors that a sample is written into.
-        param_groups: the optimizer's.
-        state: the optimizer's.
+        values: of further tensors, or finer than they are in the model, by their memory.
     """
+    values = values or {}
     seen = {memory(tensor) for tensor in sampled}
-    trained = ((p, held) for _, _, p, held in _trained(param_groups, state or {}))
-    means = {memory(p): _mean(p, held) for p, held in trained if memory(p) not in seen}
-    every = places(model)
-    own = {*seen, *means}
+    own, every = {*seen, *values}, places(model)
     adapters = {place.adapter for place in every if memory(place.tensor) in own}
-    named: list[tuple[str, Tensor]] = [(n, p) for n, p in model.named_parameters() if memory(p) in means]
+    named: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
+    named = [(name, tensor) for name, tensor in named if memory(tensor) in values]
     named += [(place.name, place.tensor) for place in every if place.adapter in adapters]
     found = {}
     for name, tensor in named:
         if memory(tensor) not in seen:
             seen.add(memory(tensor))
-            value = means.get(memory(tensor))
+            value = values.get(memory(tensor))
             found[name] = FixedTensor(tensor, whole(tensor.detach().clone()) if value is None else value)
     return found
 

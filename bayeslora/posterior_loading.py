@@ -33,7 +33,7 @@ from bayeslora.posterior_checks import (
     check_ivon,
 )
 from bayeslora.posterior_files import read_folder
-from bayeslora.posterior_gaussian import FixedTensor, GaussianParameter
+from bayeslora.posterior_gaussian import GaussianParameter, fixed_tensors
 from bayeslora.transactions import unchanged_on_failure
 
 if TYPE_CHECKING:
@@ -283,10 +283,7 @@ def _build(model: PeftModel, saved: SavedFolder, adapter: str) -> Posterior:
         check_gaussian(f"{saved.file(POSTERIOR_WEIGHTS)}: {key!r}", mean, hess, ess, weight_decay)
         stream = entry["stream"]
         gaussians[own_names[id(p)]] = GaussianParameter(p, mean, hess, stream, ess, weight_decay)
-    fixed = {
-        name: FixedTensor(every[name], saved.values[key].to(every[name].device))
-        for key, name in names.items()
-        if memory(every[name]) not in seen
-    }
+    values = {memory(every[n]): saved.values[key].to(every[n].device) for key, n in names.items()}
     write_weights(model, saved, adapter)
+    fixed = fixed_tensors(model, [g.parameter for g in gaussians.values()], values)
     return Posterior(model, gaussians, [*saved.config["pruned"]], fixed)

@@ -47,7 +47,7 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path):
 def test_a_killed_save_leaves_the_old_files_or_the_new_never_some_of_each(tmp_path):
     found, number = set(), 0
     while True:
-        number += 1
+        number += 2
         folder = tmp_path / str(number)
         _save(folder, "1")
         _write(folder, old_only="1", mine="kept")
