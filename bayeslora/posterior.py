@@ -3,10 +3,11 @@
 θ ~ N(m, diag(σ²)), σ² = 1 / (λ (h + δ)), with mean m, Hessian h, effective sample size λ and prior
 precision δ from IVON. A sample is named by its seed: the same seed gives the same weights on every device.
 
-Here is the public class; how it is done lies beside it: the Gaussians in ``posterior_gaussian.py``, samples
-in ``posterior_sampling.py``, prediction and generation in ``posterior_predict.py`` (all samples in one pass:
-``posterior_batched.py``), sweeps, files and merging in ``posterior_sweeps.py``, ``posterior_files.py`` and
-``posterior_lifecycle.py``.
+Here is the public class; how it is done lies beside it: the Gaussians in ``posterior_gaussian.py``, the
+adapters that they are of in ``posterior_adapters.py``, samples in ``posterior_sampling.py``, prediction and
+generation in ``posterior_predict.py`` (all samples in one pass: ``posterior_batched.py``), sweeps and merging
+in ``posterior_sweeps.py`` and ``posterior_lifecycle.py``, files in ``posterior_files.py`` and
+``posterior_loading.py``.
 
 Paper: Cong et al., "Improving LoRA with variational learning" (2025), for pruning and test-time scaling.
 """

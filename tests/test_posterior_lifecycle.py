@@ -5,6 +5,7 @@ import importlib.util
 
 import pytest
 import torch
+from crashes import interrupted_at
 from monteclora_models import patched_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -276,6 +277,18 @@ def test_product_refuses_what_does_not_fit(posterior):
         with pytest.raises(ValueError, match="weights must be 2 finite numbers > 0"):
             Posterior.product([posterior, posterior], weights)
     assert _same(_adapter(posterior.model), before)
+
+
+def test_an_interrupted_product_leaves_the_first_model_or_merges():
+    original, other = _posterior(1), _posterior(2)
+    done = copy.deepcopy(original)
+    lines = interrupted_at(0, lambda: Posterior.product([done, other]))
+    states, found = [_adapter(p.model) for p in (original, done)], []
+    for number in range(1, lines + 1, 7):
+        first = copy.deepcopy(original)
+        interrupted_at(number, lambda first=first: Posterior.product([first, other]))
+        found.append([_same(_adapter(first.model), state) for state in states].index(True))
+    assert lines > 50 and found == sorted(found)
 
 
 @pytest.mark.parametrize(
