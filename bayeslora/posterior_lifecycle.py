@@ -282,7 +282,7 @@ class _Parts(NamedTuple):
 
     gaussians: dict[str, tuple[str, GaussianParameter]]
     fixed: dict[str, Tensor]
-    uses: dict[str, Any]
+    uses: dict[tuple[str, str], Any]
 
 
 def _parts(posterior: Any) -> _Parts:
@@ -291,13 +291,14 @@ def _parts(posterior: Any) -> _Parts:
     def key(name: str, tensor: Tensor) -> str:
         return held[memory(tensor)][0].key if memory(tensor) in held else name
 
-    uses: dict[str, Any] = {}
+    uses: dict[tuple[str, str], Any] = {}
     for g in posterior.parameters.values():
         for place in held.get(memory(g.parameter), []):
             config = getattr(posterior.model, "peft_config", {}).get(place.adapter)
             scaling = getattr(place.layer, "scaling", None)
             scale = scaling.get(place.adapter) if isinstance(scaling, dict) else None
-            uses[place.key] = scale, () if config is None else rewriting(config)
+            uses[place.key, "scaling"] = scale
+            uses[place.key, "a base changed by"] = () if config is None else rewriting(config)[:1]
     return _Parts(
         {key(name, g.parameter): (name, g) for name, g in posterior.parameters.items()},
         {key(name, f.tensor): f.value for name, f in posterior.fixed.items()},
@@ -313,11 +314,11 @@ def _check_alike(first: _Parts, other: _Parts, index: int) -> None:
         shape, found = tuple(gaussian.mean.shape), tuple(other.gaussians[key][1].mean.shape)
         if shape != found:
             raise ValueError(f"{key!r} has shape {found} in posterior {index}, {shape} in the first")
-    for key, use in first.uses.items():
-        if other.uses.get(key) != use:
+    for (key, what), use in first.uses.items():
+        if other.uses.get((key, what)) != use:
             raise ValueError(
-                f"{key!r} is used with (scaling, initialisation) {other.uses.get(key)} in posterior {index}, "
-                f"{use} in the first: the same values are another function; train both with one lora_alpha, "
+                f"{key!r} has {what} {other.uses.get((key, what))!r} in posterior {index}, {use!r} in the "
+                "first: the same values are another function there; train both with one lora_alpha, "
                 "use_rslora and init_lora_weights"
             )
     for key, value in first.fixed.items():
