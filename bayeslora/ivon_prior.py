@@ -35,6 +35,7 @@ from torch import Tensor
 
 from .ivon_distributed import part_like
 from .kernels.param_bucket import ParamBucket
+from .ties import as_seen_by, memory
 
 if TYPE_CHECKING:
     from .posterior import Posterior
@@ -71,8 +72,13 @@ class GaussianPrior:
         """
         if not group.get("perturb", True):
             return
+        held = {memory(p): p for p in self._held}
         for p in group["params"]:
-            if p.requires_grad and p not in self._held:
+            one = held.get(memory(p), p)  # of those over one memory, a posterior names the first
+            if one is not p:
+                mean, precision = self._held[one]
+                self._held[p] = as_seen_by(p, one, mean), as_seen_by(p, one, precision)
+            elif p.requires_grad and p not in self._held:
                 raise ValueError(
                     f"prior has no Gaussian of a trained parameter of shape {tuple(p.shape)}; load it into "
                     "this model (Posterior.from_pretrained), or give the parameter a group with perturb=False"

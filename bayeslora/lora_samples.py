@@ -127,11 +127,10 @@ class LayerSamples:
 class _Open:
     """The open passes: of each thread one, the innermost."""
 
-    any = False
-    """Whether there is one: all that a layer outside of any asks, also in a compiled graph."""
-
     def __init__(self) -> None:
         self.by_thread: dict[int, Pass] = {}
+        self.any = False
+        """Whether there is one: all that a layer outside of any asks, also in a compiled graph."""
 
 
 OPEN = _Open()

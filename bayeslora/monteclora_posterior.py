@@ -11,25 +11,31 @@ predicts at the mean; sampling is what it leaves as future work.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bayeslora import monteclora_math as mm
 from bayeslora._backend import monteclora_kernels
 from bayeslora.monteclora_bank import MontecloraBank
+from bayeslora.monteclora_options import MontecloraOptions, check_scaler
 from bayeslora.monteclora_part import Part
 from bayeslora.posterior import Posterior
+from bayeslora.posterior_checks import POSTERIOR_CONFIG, POSTERIOR_WEIGHTS
+from bayeslora.posterior_gaussian import fixed_tensors
 from bayeslora.posterior_predict import check_scale, check_seed
-from bayeslora.posterior_sampling import Overwritten, unshared
+from bayeslora.posterior_sampling import Overwritten
+from bayeslora.transactions import unchanged_on_failure
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from bayeslora.posterior_checks import SavedFolder
 
 _SHAPING = ("estimator", "dirichlet", "perturb", "outer_samples", "sparse")
 _MOMENT_DRAWS = 1024
@@ -52,8 +58,8 @@ class _Matrices:
 class MontecloraPosterior(Posterior):
     """The posterior of a MonteCLoRA adapter; made by `Posterior.from_monteclora`.
 
-    It keeps its own fp32 copies of means and priors, so further training of the model does not change it.
-    ``parameters``, IVON's Gaussians, is empty.
+    It keeps its own copies of means and priors (fp32) and of the adapter's other tensors, so further training
+    of the adapter does not change it. ``parameters``, IVON's Gaussians, is empty.
     """
 
     def __init__(self, model: nn.Module, bank: MontecloraBank) -> None:
@@ -62,6 +68,7 @@ class MontecloraPosterior(Posterior):
         self._options = bank.options
         names = {id(p): name for name, p in model.named_parameters()}
         self._parts = [_copy_part(part, names) for part in bank.parts]
+        self.fixed = fixed_tensors(model, [p for held in self._parts for p in held.parameters])
 
     # ---- samples -------------------------------------------------------------------------------------
 
@@ -88,7 +95,7 @@ class MontecloraPosterior(Posterior):
         def tensors() -> Sequence[Tensor]:
             nonlocal paused
             paused = bank.paused
-            return unshared(list(self._tensors().values()))
+            return list(self._tensors().values())
 
         def write() -> None:
             bank.paused = True
@@ -100,7 +107,7 @@ class MontecloraPosterior(Posterior):
             bank.paused = paused
             torch.clear_autocast_cache()
 
-        return Overwritten(self.model, tensors, write, undo)
+        return Overwritten(self.model, tensors, write, undo, list(self.fixed.values()))
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return the model's matrices that are sampled, by name."""
@@ -146,22 +153,21 @@ class MontecloraPosterior(Posterior):
         """
         if not 0.0 <= ratio < 1.0:
             raise ValueError(f"ratio must be in [0, 1), got {ratio!r}")
-        variance, total = self.variance, 0
+        variance, pruned = self.variance, []
         for held in self._parts:
             for i, name in enumerate(held.names):
-                kept = held.kept[i]
-                score = variance[name].flatten()
-                if kept is not None:
-                    score = torch.where(kept.flatten(), score, math.inf)
-                chosen = torch.argsort(score, descending=True, stable=True)[
-                    : math.floor(ratio * score.numel())
-                ]
-                flat = torch.ones_like(score, dtype=torch.bool) if kept is None else kept.flatten().clone()
-                flat[chosen] = False
-                self._keep(held, i, flat.view_as(held.means[i]))
-                total += int((~flat).sum())
-        self.pruned.append(ratio)
-        return total
+                mask = held.kept[i]
+                mask = torch.ones_like(variance[name], dtype=torch.bool) if mask is None else mask.clone()
+                score = torch.where(mask, variance[name], math.inf).flatten()
+                order = torch.argsort(score, descending=True, stable=True)
+                mask.view(-1)[order[: math.floor(ratio * score.numel())]] = False
+                pruned.append((held, i, mask))
+        written = [tensor for held in self._parts for tensor in (*held.means, *held.parameters)]
+        with unchanged_on_failure(tensors=written, objects=[self, *self._parts]):
+            for held, i, mask in pruned:
+                self._keep(held, i, mask)
+            self.pruned.append(ratio)
+        return sum(int((~mask).sum()) for _, _, mask in pruned)
 
     def _keep(self, held: _Matrices, i: int, kept: Tensor) -> None:
         held.kept[i] = kept
@@ -174,51 +180,38 @@ class MontecloraPosterior(Posterior):
         """Write the PEFT adapter (mean and priors, fp32), and beside it the options and what is pruned.
 
         The folder loads in plain PEFT as its MonteCLoRA. ``posterior.safetensors`` holds a mask of the kept
-        elements of each pruned matrix.
+        elements of each pruned matrix. An earlier save is replaced as a whole, as by an IVON posterior.
 
         Args:
             path: the folder, made if it does not exist.
 
         Raises:
             TypeError: the model is not a PEFT model.
+            ValueError: PEFT's file would not hold a trained tensor as it is, or one is not finite.
         """
-        from bayeslora import posterior_files as files
+        from bayeslora.posterior_files import keys_of, require_peft, trained_fixed, write_folder
 
-        model = files._require_peft(self.model)
-        adapter = self._bank.adapter
-        keys = files._peft_keys(model, adapter)
-        state = {**model.state_dict(), **self._fp32_state()}
-        folder = Path(path)
-        model.save_pretrained(str(folder), selected_adapters=[adapter], state_dict=state)
-        if adapter != "default":
-            folder = folder / adapter
+        matrices = self._matrices()
+        every = {**trained_fixed(self), **matrices}
+        adapter, keys = keys_of(require_peft(self.model), every, self._bank.adapter)
         masks = {
-            keys[name]: kept.to(torch.uint8).cpu().contiguous()
+            key: kept.to(torch.uint8)
             for held in self._parts
             for name, kept in zip(held.names, held.kept, strict=True)
+            for key in keys[name]
             if kept is not None
         }
-        save_file(masks, folder / files.POSTERIOR_WEIGHTS, metadata={"format": "pt"})
         config = {
-            "format_version": files.FORMAT_VERSION,
             "method": "monteclora",
-            "pruned": self.pruned,
             "options": {name: getattr(self._options, name) for name in _SHAPING},
             "sample_scaler": float(self._parts[0].scale),
-            "parameters": [keys[name] for held in self._parts for name in held.names],
+            "parameters": [key for name in matrices for key in keys[name]],
         }
-        (folder / files.POSTERIOR_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_folder(self, path, adapter, self.mean, masks, config)
 
-    def _fp32_state(self) -> dict[str, Tensor]:
-        by_id = {id(p): name for name, p in self.model.named_parameters()}
-        state = {name: mean.float() for name, mean in self.mean.items()}
-        for held in self._parts:
-            starts = held.std_prior.split([s.rows for s in held.part.plan.sites[: len(held.part.layers)]])
-            for i, std_prior in enumerate(starts):
-                own = held.part.sampler(i)._parameters
-                state[by_id[id(own["std_prior"])]] = std_prior.float().clone()
-                state[by_id[id(own["expert_weights_prior"])]] = held.prior[i].float().clone()
-        return state
+    def _matrices(self) -> dict[str, Tensor]:
+        """Return the model's perturbed matrices, by name."""
+        return {n: p for held in self._parts for n, p in zip(held.names, held.parameters, strict=True)}
 
     def restore(self, pruned: list[float], masks: dict[str, Tensor]) -> None:
         """Prune what a saved posterior had pruned: masks of kept elements by parameter name."""
@@ -288,51 +281,71 @@ def _row_variance(held: _Matrices) -> Tensor:
     return held.scale.square() * expected / options.outer_samples
 
 
-def load_monteclora(model: nn.Module, folder: Path, config: dict[str, Any]) -> MontecloraPosterior:
-    """Load a posterior that `MontecloraPosterior.save_pretrained` wrote; see `Posterior.from_pretrained`."""
-    from peft import PeftConfig, PeftModel, get_peft_model
+def check_saved(saved: SavedFolder) -> None:
+    """Check what `MontecloraPosterior.save_pretrained` wrote: options, matrices and masks.
 
-    from bayeslora import posterior_files as files
-
-    for key in ("options", "sample_scaler", "pruned", "parameters"):
+    Raises:
+        ValueError: naming the file and the key.
+    """
+    config, file = saved.config, saved.file(POSTERIOR_CONFIG)
+    for key in ("options", "sample_scaler", "parameters"):
         if key not in config:
-            raise ValueError(f"{str(folder / files.POSTERIOR_CONFIG)!r} has no key {key!r}")
-    values = files._read_tensors(folder / files.ADAPTER_WEIGHTS)
-    masks = files._read_tensors(folder / files.POSTERIOR_WEIGHTS)
-    if isinstance(model, PeftModel):
-        return _load_into(model, folder, config, values, masks)
-    peft_model = get_peft_model(model, PeftConfig.from_pretrained(str(folder)))  # type: ignore[arg-type]
+            raise ValueError(f"{file} has no key {key!r}")
+    options, scaler, names = config["options"], config["sample_scaler"], config["parameters"]
     try:
-        return _load_into(peft_model, folder, config, values, masks)
-    except ValueError:
-        peft_model.unload()  # take the adapter out again: the base model is as it was
-        raise
-
-
-def _load_into(
-    model: Any, folder: Path, config: dict[str, Any], values: dict[str, Tensor], masks: dict[str, Tensor]
-) -> MontecloraPosterior:
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
-
-    from bayeslora import posterior_files as files
-    from bayeslora.monteclora import configure_monteclora
-    from bayeslora.patching import patch
-
-    patch(model)  # on a quantized base the priors are there only now
-    adapter = files._active_adapter(model)
-    expected = {k: tuple(v.shape) for k, v in get_peft_model_state_dict(model, adapter_name=adapter).items()}
-    found = {k: tuple(v.shape) for k, v in values.items()}
-    files._check_shapes(folder / files.ADAPTER_WEIGHTS, found, expected)
-    for key, mask in masks.items():
-        if key not in found or tuple(mask.shape) != found[key]:
+        if not isinstance(options, dict) or options.keys() != set(_SHAPING):
+            raise ValueError(f"'options' must name {_SHAPING}, got {options!r}")
+        if type(options["sparse"]) is not bool or type(options["outer_samples"]) is not int:
             raise ValueError(
-                f"{str(folder / files.POSTERIOR_WEIGHTS)!r}: {key!r} has shape {tuple(mask.shape)}, in "
-                f"{files.ADAPTER_WEIGHTS} it has {found.get(key)}"
+                f"'sparse' must be true or false and 'outer_samples' an integer, got {options!r}"
             )
-    set_peft_model_state_dict(model, dict(values), adapter_name=adapter)
-    configure_monteclora(model, adapter, sample_scaler=config["sample_scaler"], **config["options"])
-    posterior = Posterior.from_monteclora(model, adapter)
-    assert isinstance(posterior, MontecloraPosterior)
-    names = {key: name for name, key in files._peft_keys(model, adapter).items()}
-    posterior.restore(config["pruned"], {names[key]: mask for key, mask in masks.items()})
+        if type(scaler) not in (int, float):
+            raise ValueError(f"'sample_scaler' must be a number, got {scaler!r}")
+        check_scaler(scaler)
+        MontecloraOptions(**options)
+        if not isinstance(names, list) or not names or not all(name in saved.values for name in names):
+            raise ValueError("'parameters' must list tensors of PEFT's file")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from error
+    for key, mask in saved.beside.items():
+        where = f"{saved.file(POSTERIOR_WEIGHTS)}: {key!r}"
+        matrix = saved.values[key] if key in names else None
+        if matrix is None or mask.shape != matrix.shape:
+            found = None if matrix is None else tuple(matrix.shape)
+            raise ValueError(f"{where} has shape {tuple(mask.shape)}, the perturbed matrix {found}")
+        if mask.dtype is not torch.uint8 or bool((mask > 1).any()) or bool(matrix[mask == 0].any()):
+            raise ValueError(
+                f"{where} must be 0, as uint8, where the matrix is pruned and zero, and 1 elsewhere"
+            )
+
+
+def load_monteclora(model: nn.Module, saved: SavedFolder, is_trainable: bool) -> Posterior:
+    """Load a posterior that `MontecloraPosterior.save_pretrained` wrote; see `Posterior.from_pretrained`."""
+    from bayeslora.posterior_loading import put_into
+
+    return put_into(model, saved, None, is_trainable, _build)
+
+
+def _build(model: PeftModel, saved: SavedFolder, adapter: str) -> Posterior:
+    from bayeslora.monteclora import _banks, configure_monteclora
+    from bayeslora.patching import patch
+    from bayeslora.posterior_files import keys_of
+    from bayeslora.posterior_loading import write_weights
+
+    config = saved.config
+    with unchanged_on_failure(objects=_banks(model)):
+        patch(model)  # on a quantized base the priors are there only now
+        write_weights(model, saved, adapter)
+        configure_monteclora(model, adapter, sample_scaler=config["sample_scaler"], **config["options"])
+        posterior = Posterior.from_monteclora(model, adapter)
+        assert isinstance(posterior, MontecloraPosterior)
+        matrices = {
+            n: p for held in posterior._parts for n, p in zip(held.names, held.parameters, strict=True)
+        }
+        _, keys = keys_of(model, matrices, adapter)
+        names = {key: name for name in matrices for key in keys[name]}
+        if names.keys() != set(config["parameters"]):
+            odd = min(names.keys() ^ set(config["parameters"]))
+            raise ValueError(f"{saved.file(POSTERIOR_CONFIG)} and the model do not both perturb {odd!r}")
+        posterior.restore(config["pruned"], {names[key]: mask for key, mask in saved.beside.items()})
     return posterior

@@ -3,10 +3,11 @@
 θ ~ N(m, diag(σ²)), σ² = 1 / (λ (h + δ)), with mean m, Hessian h, effective sample size λ and prior
 precision δ from IVON. A sample is named by its seed: the same seed gives the same weights on every device.
 
-Here is the public class; how it is done lies beside it: the Gaussians in ``posterior_gaussian.py``, samples
-in ``posterior_sampling.py``, prediction and generation in ``posterior_predict.py`` and
-``posterior_generate.py`` (all samples in one pass: ``posterior_batched.py``), sweeps, files and merging in
-``posterior_sweeps.py``, ``posterior_files.py`` and ``posterior_lifecycle.py``.
+Here is the public class; how it is done lies beside it: the Gaussians in ``posterior_gaussian.py``, the
+adapters that they are of in ``posterior_adapters.py``, samples in ``posterior_sampling.py``, prediction and
+generation in ``posterior_predict.py`` and ``posterior_generate.py`` (all samples in one pass:
+``posterior_batched.py``), sweeps and merging in ``posterior_sweeps.py`` and ``posterior_lifecycle.py``, files
+in ``posterior_files.py`` and ``posterior_loading.py``.
 
 Paper: Cong et al., "Improving LoRA with variational learning" (2025), for pruning and test-time scaling.
 """
@@ -21,39 +22,51 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from bayeslora.posterior_gaussian import GaussianParameter, prune_gaussians
+from bayeslora.posterior_gaussian import (
+    FixedTensor,
+    GaussianParameter,
+    fixed_tensors,
+    prune_gaussians,
+    unperturbed_means,
+)
 from bayeslora.posterior_generate import generate
 from bayeslora.posterior_lifecycle import PosteriorLifecycle
 from bayeslora.posterior_order import RowOrders
 from bayeslora.posterior_predict import check_scale, check_seed, check_seeds, predict
 from bayeslora.posterior_sampling import Overwritten, SampleWriter
 from bayeslora.posterior_sweeps import Predictions, Sweep, prune_sweep, variance_sweep
+from bayeslora.ties import memory
 
 if TYPE_CHECKING:
     from bayeslora.ivon import IVON
+    from bayeslora.posterior_adapters import Place
 
 
 @dataclass
 class Posterior(PosteriorLifecycle):
     """A diagonal Gaussian posterior over the trained parameters of a model.
 
-    Made by :meth:`from_optimizer` or :meth:`from_pretrained`. It keeps its own fp32 mean and Hessian, so
-    further training of the model does not change it.
+    Made by :meth:`from_optimizer` or :meth:`from_pretrained`. It keeps its own fp32 mean and Hessian, and its
+    own copy of the adapter's other tensors (a head trained at its mean), so further training of the adapter
+    does not change it: a sample puts all of them in place, and back what was there. The base model is the
+    live one.
 
     Args:
         model: the model whose parameters are sampled.
         parameters: name in ``model.named_parameters()`` of each tensor, and its Gaussian.
         pruned: the ratios :meth:`prune` was called with, in order.
+        fixed: name and value of each tensor of the adapter that no sample changes.
     """
 
     model: nn.Module
     parameters: dict[str, GaussianParameter]
     pruned: list[float] = field(default_factory=list)
+    fixed: dict[str, FixedTensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._writer = SampleWriter()
         self._stds: dict[int, tuple[Any, Tensor]] = {}  # of posterior_batched.py
-        self._homes: list[tuple[Any, str]] | None = None  # of posterior_predict.py
+        self._places: dict[str, list[Place]] | None = None  # of posterior_adapters.py
         self._orders = RowOrders()
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -78,21 +91,26 @@ class Posterior(PosteriorLifecycle):
         inner = find_ivon(optimizer)
         gaussians = list(inner.gaussians())
         names = {id(p): name for name, p in model.named_parameters()}
-        parameters = {}
+        parameters: dict[str, GaussianParameter] = {}
+        seen: set[Any] = set()
         for p, gaussian in gaussians:
             if id(p) not in names:
                 raise ValueError(
                     f"the optimizer trains a parameter of shape {tuple(p.shape)} that is not in the model; "
                     "pass the model whose parameters were given to IVON"
                 )
-            parameters[names[id(p)]] = gaussian
-        return cls(model, parameters)
+            if memory(p) not in seen:  # of those that share one, the first
+                seen.add(memory(p))
+                parameters[names[id(p)]] = gaussian
+        sampled = [g.parameter for g in parameters.values()]
+        fixed = fixed_tensors(model, sampled, unperturbed_means(inner.param_groups, inner.state))
+        return cls(model, parameters, fixed=fixed)
 
     @classmethod
     def from_monteclora(cls, model: nn.Module, adapter_name: str | None = None) -> Posterior:
         """Return the posterior of a MonteCLoRA adapter: what its training draws the matrices from.
 
-        It samples, predicts, prunes, saves and loads as IVON's does.
+        It samples, predicts, prunes, saves and loads as IVON's does, and is kept as IVON's is.
 
         Args:
             model: a patched model with MonteCLoRA layers.
@@ -111,12 +129,19 @@ class Posterior(PosteriorLifecycle):
 
     @classmethod
     def from_pretrained(
-        cls, model: nn.Module, path: str | PathLike[str], adapter_name: str | None = None
+        cls,
+        model: nn.Module,
+        path: str | PathLike[str],
+        adapter_name: str | None = None,
+        *,
+        is_trainable: bool = False,
     ) -> Posterior:
         """Load an adapter and its posterior from a folder made by :meth:`save_pretrained`.
 
         The base may be on another device, in another dtype or quantized: mean and Hessian are kept in fp32
-        where the adapter's parameters are.
+        where the adapter's parameters are. The files are read once and checked before anything is written;
+        afterwards they may change or go. A folder can ask PEFT for any regular expression over the model's
+        modules (``target_modules``), which may take forever: load only what you would run as code.
 
         Args:
             model: a PEFT model whose active adapter takes the mean, or a base model, which gets the
@@ -125,31 +150,38 @@ class Posterior(PosteriorLifecycle):
             adapter_name: the adapter that takes the mean, added to a PEFT model that does not have it, and
                 active afterwards; None for the active one ("default" on a base model). So several adapters
                 with a posterior each live in one model; each predicts while its adapter is active.
+            is_trainable: leave the adapter trainable, for the next task. A base model's comes frozen
+                otherwise, as with PEFT.
 
         Returns:
             The posterior; ``posterior.model`` is the PEFT model.
 
         Raises:
             FileNotFoundError: the folder or one of its files is missing.
-            ValueError: a file is damaged, or does not fit the model (another rank, another base model);
-                names the file, the key and both shapes. The model is then as it was.
+            ValueError: a file is damaged, belongs to another save or holds what no posterior can be, or does
+                not fit the model (another rank, another base model); names the file, the key and both shapes.
+            Exception: whatever it is, an interrupt too: the model, its adapters, what is trainable and its
+                weights are then as they were.
         """
-        from bayeslora.posterior_files import load_posterior
+        from bayeslora.posterior_loading import load_posterior
 
-        return load_posterior(model, path, adapter_name)
+        return load_posterior(model, path, adapter_name, is_trainable)
 
     def save_pretrained(self, path: str | PathLike[str]) -> None:
         """Write the PEFT adapter at the mean, and the posterior beside it.
 
         The folder holds ``adapter_config.json`` and ``adapter_model.safetensors`` (PEFT's own format, mean
-        in fp32), ``posterior.safetensors`` (fp32 Hessian, PEFT's key names) and ``posterior_config.json``.
+        in fp32), ``posterior.safetensors`` (fp32 Hessian, PEFT's key names) and ``posterior_config.json``,
+        which ties them together. A save over an earlier one replaces it as a whole: if it fails or the
+        process is killed, the earlier one can still be loaded. Other files in the folder stay.
 
         Args:
             path: the folder, made if it does not exist.
 
         Raises:
             TypeError: the model is not a PEFT model.
-            ValueError: a parameter of the posterior is not part of the adapter.
+            ValueError: a parameter of the posterior is not part of the adapter, PEFT's file does not hold it
+                as it is, or the posterior's values are not finite.
         """
         from bayeslora.posterior_files import save_posterior
 
@@ -162,7 +194,8 @@ class Posterior(PosteriorLifecycle):
     ) -> Overwritten:
         """Return a context in which sample ``seed`` is in the model's parameters, in place of what they hold.
 
-        θ = m + sqrt(variance_scale) · σ z(seed), cast to each parameter's dtype.
+        θ = m + sqrt(variance_scale) · σ z(seed), cast to each parameter's dtype; what no sample changes
+        (:attr:`fixed`) takes the posterior's own value.
 
         Another thread that wants a sample in the same model waits; whoever else calls the model meanwhile
         gets the sample's outputs. What the parameters held is put back bit for bit, also after an interrupt
@@ -185,8 +218,8 @@ class Posterior(PosteriorLifecycle):
             ...     logits = posterior.model(tokens).logits
         """
         variance_scale = check_scale(variance_scale, ess_scale)
-        gaussians = list(self.parameters.values())
-        return self._writer.sample(self.model, gaussians, check_seed(seed), variance_scale)
+        gaussians, fixed = list(self.parameters.values()), list(self.fixed.values())
+        return self._writer.sample(self.model, gaussians, fixed, check_seed(seed), variance_scale)
 
     def predict(
         self,
@@ -209,9 +242,10 @@ class Posterior(PosteriorLifecycle):
         perturbs its rows by their sample (``lora_samples.py``). The result is that of one pass a sample, up
         to the rounding of the products. Two small passes before the first batch of a kind find out whether
         the model keeps the rows of a batch apart and in order (``posterior_order.py``). Where it does not, or
-        the samples cannot share a pass (a perturbed head or bias, a quantized base, MonteCLoRA, an unpatched
-        model, an input with another first dimension than the batch's), they run one after another, and one
-        log line says why. Each of them then finds its own copy of an input that a call may change (a cache).
+        the samples cannot share a pass (a perturbed head or bias, a head that was trained on since the
+        posterior was made, a quantized base, MonteCLoRA, an unpatched model, an input with another first
+        dimension than the batch's), they run one after another, and one log line says why. Each of them then
+        finds its own copy of an input that a call may change (a cache).
 
         Several threads may predict with one model. Samples in one pass share nothing; those that run one
         after another are written into the weights, so that threads take turns, and only other calls of the
@@ -329,7 +363,8 @@ class Posterior(PosteriorLifecycle):
         """Zero the elements with the largest variance, per weight matrix, in the mean and every sample.
 
         In each tensor of two or more dimensions, ``floor(ratio · numel)`` elements are zero afterwards;
-        those pruned before count, so calling it twice with one ratio changes nothing.
+        those pruned before count, so calling it twice with one ratio changes nothing. An interrupt leaves
+        all as it was.
 
         Args:
             ratio: fraction to prune, in [0, 1).
@@ -348,10 +383,7 @@ class Posterior(PosteriorLifecycle):
 
     def _prune(self, ratio: float, order: torch.Generator | None = None) -> int:
         """Prune by variance, or in the random order of a generator; see :meth:`prune`."""
-        total = prune_gaussians(self.parameters.values(), ratio, order)
-        self.pruned.append(ratio)
-        self._writer.forget()
-        return total
+        return prune_gaussians(self, ratio, order)
 
     def prune_sweep(
         self,

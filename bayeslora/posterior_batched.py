@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from .ivon_distributed import is_sharded
 from .kernels.lora_perturbed_twin import Perturbation
 from .lora_samples import LayerSamples, NotBatched, Pass
-from .ties import find_ties
+from .posterior_adapters import Place, places_of
+from .posterior_gaussian import first_moved
 
 if TYPE_CHECKING:
     from .posterior import Posterior
@@ -37,18 +38,19 @@ class SampledLayers:
         if not posterior.parameters:
             raise NotBatched("its samples are not named Gaussians")
         self._posterior = posterior
-        if find_ties([g.parameter for g in posterior.parameters.values() if not is_sharded(g.parameter)]):
-            raise NotBatched("two of its parameters share one memory")
-        owners = _owners(posterior.model)
+        moved = first_moved(posterior.fixed)
+        if moved is not None:
+            raise NotBatched(f"{moved} has changed since the posterior was made")
+        held = places_of(posterior)
         found: dict[tuple[nn.Module, str], dict[str, GaussianParameter]] = {}
         for name, gaussian in posterior.parameters.items():
             if is_sharded(gaussian.parameter):
                 raise NotBatched(f"{name} is sharded")
-            owner = owners.get(id(gaussian.parameter))
-            if owner is None:
+            places = held.get(name, [])
+            if not places or not all(_is_patched_matrix(place, gaussian.parameter) for place in places):
                 raise NotBatched(f"{name} is not lora_A or lora_B of a patched layer")
-            layer, adapter, side = owner
-            found.setdefault((layer, adapter), {})[side] = gaussian
+            for place in places:  # several where layers share the matrix
+                found.setdefault((place.layer, place.adapter), {})[place.side] = gaussian
         self._layers = found
 
     def active(
@@ -81,17 +83,16 @@ class SampledLayers:
         return Pass(layers, len(seeds), rows, tagged)
 
 
-def _owners(model: nn.Module) -> dict[int, tuple[nn.Module, str, str]]:
-    """Return the layer, adapter and side ("lora_A" or "lora_B") of each patched layer's matrix, by id."""
+def _is_patched_matrix(place: Place, parameter: Tensor) -> bool:
+    """Tell whether a place is A or B of a patched layer, which reads the parameter as it is."""
     from .patching import FusedLoraLinear
 
-    owners: dict[int, tuple[nn.Module, str, str]] = {}
-    for layer in model.modules():
-        if type(layer) is FusedLoraLinear:
-            for side in ("lora_A", "lora_B"):
-                for adapter, linear in getattr(layer, side).items():
-                    owners[id(linear.weight)] = layer, adapter, side
-    return owners
+    if type(place.layer) is not FusedLoraLinear or place.side not in ("lora_A", "lora_B"):
+        return False
+    held = getattr(place.layer, place.side)
+    if place.adapter not in held or held[place.adapter].weight is not place.tensor:
+        return False  # another one was put there
+    return place.tensor.shape == parameter.shape and place.tensor.stride() == parameter.stride()
 
 
 def _check_active(layer: Any, adapter: str) -> None:

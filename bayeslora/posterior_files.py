@@ -1,228 +1,194 @@
-"""A posterior on disk, beside PEFT's adapter.
+"""A posterior on disk, beside PEFT's adapter: written and read as a whole, and checked before it is used.
 
 ``adapter_config.json`` and ``adapter_model.safetensors`` are PEFT's own (the mean, in fp32), so the folder
 loads in plain PEFT. ``posterior.safetensors`` holds the fp32 Hessian of each parameter under PEFT's key,
-infinite where pruned; ``posterior_config.json`` the rest. Nothing is unpickled. peft is imported on use.
+infinite where pruned; ``posterior_config.json`` the rest, and the digests of all: files of two saves, or
+changed ones, are refused. Nothing is unpickled. peft is imported on use.
+
+:func:`save_posterior` writes a folder and :func:`read_folder` reads one, with the checks of
+``posterior_checks.py``; ``posterior_loading.py`` puts what was read into a model.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from bayeslora.ivon_distributed import is_sharded, whole
-from bayeslora.kernels.param_bucket import state_dtype
-from bayeslora.posterior import Posterior
-from bayeslora.posterior_gaussian import GaussianParameter
+from bayeslora.posterior_adapters import adapter_of, alone, check_adapter_name, file_keys, places
+from bayeslora.posterior_checks import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    DIGESTED,
+    FORMAT_VERSION,
+    POSTERIOR_CONFIG,
+    POSTERIOR_WEIGHTS,
+    SavedFolder,
+    check_common,
+    check_digests,
+    check_gaussian,
+    config_digest,
+    file_digest,
+)
 from bayeslora.posterior_lifecycle import wrapped_hint
+from bayeslora.transactions import settle, whole_save
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
-FORMAT_VERSION = 1
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-POSTERIOR_CONFIG = "posterior_config.json"
-POSTERIOR_WEIGHTS = "posterior.safetensors"
+    from bayeslora.posterior import Posterior
+
+README = "README.md"
+
+
+# ---- writing -------------------------------------------------------------------------------------
 
 
 def save_posterior(posterior: Posterior, path: str | PathLike[str]) -> None:
     """Write a posterior and its adapter; see :meth:`Posterior.save_pretrained`."""
-    model = _require_peft(posterior.model)
-    adapter, keys = _adapter_of(posterior, model)
-    outside = [name for name in posterior.parameters if name not in keys]
-    if outside:
+    model = require_peft(posterior.model)
+    gaussians = posterior.parameters
+    if not gaussians:
+        raise ValueError("the posterior has no sampled parameter; give IVON some that it perturbs")
+    adapter, keys = keys_of(
+        model, {name: g.parameter for name, g in gaussians.items()} | trained_fixed(posterior)
+    )
+    entries: dict[str, dict[str, Any]] = {}
+    first: dict[int, str] = {}  # the stream is one where the tensor is
+    for name, g in gaussians.items():
+        check_gaussian(repr(name), g.mean, g.hess, g.ess, g.weight_decay)
+        for key in keys[name]:
+            tied = {"tied_to": first[g.stream]} if g.stream in first else {}
+            entries[key] = {"stream": g.stream, "ess": g.ess, "weight_decay": g.weight_decay, **tied}
+            first.setdefault(g.stream, key)
+    hess = {key: g.hess for name, g in gaussians.items() for key in keys[name]}
+    values = {name: g.mean for name, g in gaussians.items()}
+    write_folder(posterior, path, adapter, values, hess, {"method": "ivon", "parameters": entries})
+
+
+def keys_of(
+    model: PeftModel, tensors: Mapping[str, Tensor], adapter: str | None = None
+) -> tuple[str, dict[str, list[str]]]:
+    """Return the adapter of the tensors, and PEFT's file keys of each: several where it is tied.
+
+    Args:
+        model: a PEFT model.
+        tensors: some of its parameters, by name.
+        adapter: None for the one that they are of.
+
+    Raises:
+        ValueError: one of them would not come back from PEFT's file; says why.
+    """
+    adapter = adapter_of(model, tensors.values()) if adapter is None else adapter
+    named = dict(model.named_parameters(remove_duplicate=False))
+    found: dict[int, list[str]] = {}
+    for name, key in file_keys(model, adapter).items():
+        if name in named:
+            found.setdefault(id(named[name]), []).append(key)
+    for name, tensor in tensors.items():
+        if id(tensor) in found:
+            continue
+        if any(place.tensor is tensor for place in places(model)):
+            kind = getattr(model.peft_config[adapter].peft_type, "value", "")
+            raise ValueError(
+                f"{name!r} is trained, but PEFT's file of a {kind} adapter does not hold it as it is, only "
+                "what is computed from it, so a posterior could not be loaded again; keep opt.state_dict()"
+            )
         raise ValueError(
-            f"{outside[0]!r} is trained but not part of the adapter {adapter!r}, so PEFT would not save it; "
+            f"{name!r} is trained but not part of the adapter {adapter!r}, so PEFT would not save it; "
             "name its module in LoraConfig(modules_to_save=[...]) or freeze it"
         )
-    by_name = dict(model.named_parameters())
-    by_id = {id(by_name[name]): g.mean.float() for name, g in posterior.parameters.items()}
-    every = model.named_parameters(remove_duplicate=False)  # PEFT saves tied ones under each of their names
-    means = {name: by_id[id(p)] for name, p in every if id(p) in by_id}
-    state = model.state_dict()
-    sharded = any(map(is_sharded, state.values()))
-    state = {name: whole(value) if name in keys else value for name, value in state.items()}
-    if sharded and dist.get_rank() != 0:
-        return
-    folder = Path(path)
-    model.save_pretrained(str(folder), selected_adapters=[adapter], state_dict={**state, **means})
-    if adapter != "default":
-        folder = folder / adapter
-    hess = {keys[name]: g.hess.float().contiguous().cpu() for name, g in posterior.parameters.items()}
-    save_file(hess, folder / POSTERIOR_WEIGHTS, metadata={"format": "pt"})
-    config = {
-        "format_version": FORMAT_VERSION,
-        "method": "ivon",
-        "pruned": posterior.pruned,
-        "parameters": {
-            keys[name]: {"stream": g.stream, "ess": g.ess, "weight_decay": g.weight_decay}
-            for name, g in posterior.parameters.items()
-        },
-    }
-    (folder / POSTERIOR_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return adapter, {name: found[id(tensor)] for name, tensor in tensors.items()}
 
 
-def load_posterior(model: nn.Module, path: str | PathLike[str], adapter_name: str | None = None) -> Posterior:
-    """Load a posterior and its adapter; see :meth:`Posterior.from_pretrained`."""
-    from peft import PeftModel
-
-    folder = Path(path)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {str(folder)!r}; pass one made by Posterior.save_pretrained")
-    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, POSTERIOR_CONFIG, POSTERIOR_WEIGHTS):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{str(folder / name)!r} is missing; a posterior's folder has it")
-    config = _read_config(folder / POSTERIOR_CONFIG)
-    if config.get("method") == "monteclora":
-        from bayeslora.monteclora_posterior import load_monteclora
-
-        if adapter_name is not None:
-            raise ValueError("adapter_name is for IVON posteriors; a MonteCLoRA one takes the active adapter")
-        return load_monteclora(model, folder, config)
-    mean = _read_tensors(folder / ADAPTER_WEIGHTS)
-    hess = _read_tensors(folder / POSTERIOR_WEIGHTS)
-    _check_agreement(folder, config, mean, hess)
-    if not isinstance(model, PeftModel):
-        return _load_onto_base(model, folder, config, mean, hess, adapter_name or "default")
-    if adapter_name is None or adapter_name in model.peft_config:
-        adapter = _active_adapter(model) if adapter_name is None else adapter_name
-        posterior = _load_into(model, folder, config, mean, hess, adapter)
-    else:
-        posterior = _load_beside(model, folder, config, mean, hess, adapter_name)
-    if adapter_name is not None:
-        model.set_adapter(adapter_name)
-    return posterior
+def trained_fixed(posterior: Posterior) -> dict[str, Tensor]:
+    """Return what is trained and not sampled, by name; PEFT must save it too."""
+    return {name: f.tensor for name, f in posterior.fixed.items() if f.tensor.requires_grad}
 
 
-def _load_beside(
-    model: PeftModel,
-    folder: Path,
-    config: dict[str, Any],
-    mean: dict[str, Tensor],
-    hess: dict[str, Tensor],
+def write_folder(
+    posterior: Posterior,
+    path: str | PathLike[str],
     adapter: str,
-) -> Posterior:
-    """Load into a new adapter, which is taken out again if it does not fit."""
-    from peft import PeftConfig
+    values: Mapping[str, Tensor],
+    beside: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+) -> None:
+    """Write PEFT's files with the posterior in place, and ours beside them, as one save.
 
-    try:
-        model.add_adapter(adapter, PeftConfig.from_pretrained(str(folder)))
-        return _load_into(model, folder, config, mean, hess, adapter)
-    except ValueError:
-        if adapter in model.peft_config:
-            model.delete_adapter(adapter)
-            _unwrap_empty(model)
-        raise
-
-
-def _unwrap_empty(model: nn.Module) -> None:
-    """Put base layers back where no adapter is left: PEFT leaves their wrappers."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, BaseTunerLayer) and not any(
-                len(getattr(child, held)) for held in child.adapter_layer_names
-            ):
-                setattr(parent, name, child.get_base_layer())
-
-
-def _load_onto_base(
-    model: nn.Module,
-    folder: Path,
-    config: dict[str, Any],
-    mean: dict[str, Tensor],
-    hess: dict[str, Tensor],
-    adapter: str,
-) -> Posterior:
-    from peft import PeftConfig, get_peft_model
-
-    peft_config = PeftConfig.from_pretrained(str(folder))
-    trained = [p for p in model.parameters() if p.requires_grad]  # PEFT freezes them
-    try:
-        with torch.inference_mode(False):  # the adapter outlives the caller's context
-            peft_model = get_peft_model(model, peft_config, adapter)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise ValueError(f"{str(folder / ADAPTER_CONFIG)!r} does not fit the model: {error}") from error
-    try:
-        return _load_into(peft_model, folder, config, mean, hess, adapter)
-    except ValueError:
-        peft_model.unload()  # take the adapter out again: the base model is as it was
-        for p in trained:
-            p.requires_grad_(True)
-        raise
+    Args:
+        posterior: an IVON or MonteCLoRA posterior of a PEFT model.
+        path: the folder.
+        adapter: its adapter.
+        values: name and mean of what is sampled; what is fixed comes from ``posterior.fixed``.
+        beside: what ``posterior.safetensors`` holds, by PEFT's key.
+        config: what ``posterior_config.json`` holds, beside version, pruned ratios and digests.
+    """
+    check_adapter_name(adapter)
+    model: Any = posterior.model
+    values = {**{name: fixed.value for name, fixed in posterior.fixed.items()}, **values}
+    for name, value in values.items():
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"{name!r} holds NaN or infinity, which no posterior can; it is not saved")
+    keys, folder = file_keys(model, adapter), Path(path)
+    own = folder if adapter == "default" else folder / adapter  # as PEFT has it
+    with posterior.sample(0, variance_scale=0.0), alone(model, adapter) as state:
+        state.update({name: whole(state[name]) for name in keys})
+        state.update(_by_every_name(model, values, keys))
+        if any(map(is_sharded, model.parameters())) and dist.get_rank() != 0:
+            return
+        with whole_save(own) as staged:
+            if (folder / README).is_file():  # PEFT brings it up to date
+                shutil.copyfile(folder / README, staged / README)
+            model.save_pretrained(str(staged), selected_adapters=[adapter], state_dict=state)
+            if own != folder:
+                (staged / README).replace(folder / README)
+                for file in (staged / adapter).iterdir():
+                    file.replace(staged / file.name)
+                (staged / adapter).rmdir()
+            if model.peft_config[adapter].is_prompt_learning:  # PEFT has not looked at the state
+                held = load((staged / ADAPTER_WEIGHTS).read_bytes())
+                _save(staged / ADAPTER_WEIGHTS, {**held, **{key: state[name] for name, key in keys.items()}})
+            _save(staged / POSTERIOR_WEIGHTS, beside)
+            pruned = [float(ratio) for ratio in posterior.pruned]
+            written = {"format_version": FORMAT_VERSION, **config, "pruned": pruned}
+            written["files"] = {name: file_digest(name, (staged / name).read_bytes()) for name in DIGESTED}
+            written["digest"] = config_digest(written)
+            text = json.dumps(written, indent=2) + "\n"
+            (staged / POSTERIOR_CONFIG).write_text(text, encoding="utf-8")
 
 
-def _load_into(
-    model: PeftModel,
-    folder: Path,
-    config: dict[str, Any],
-    mean: dict[str, Tensor],
-    hess: dict[str, Tensor],
-    adapter: str,
-) -> Posterior:
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
-
-    names = {key: name for name, key in _peft_keys(model, adapter).items()}
-    by_name = dict(model.named_parameters())
-    held = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-    if mean.keys() - held.keys():  # PEFT adds embeddings that LoRA targets or that were resized
-        held |= {key: value for key, value in _embeddings(model, adapter).items() if key in mean}
-    expected = {key: tuple(value.shape) for key, value in held.items()}  # parameters, and buffers if any
-    _check_scaling(folder, model, adapter)
-    _check_shapes(folder / ADAPTER_WEIGHTS, {k: tuple(v.shape) for k, v in mean.items()}, expected)
-    set_peft_model_state_dict(model, dict(mean), adapter_name=adapter)
-    parameters = {}
-    for key, entry in config["parameters"].items():
-        p = by_name[names[key]]
-        dtype = state_dtype(p.dtype)
-        with torch.inference_mode(False):  # what is pruned later, outside of it
-            held_mean, held_hess = mean[key].to(p.device, dtype), hess[key].to(p.device, dtype)
-        parameters[names[key]] = GaussianParameter(
-            parameter=p,
-            mean=held_mean,
-            hess=held_hess,
-            stream=int(entry["stream"]),
-            ess=float(entry["ess"]),
-            weight_decay=float(entry["weight_decay"]),
-        )
-    return Posterior(model, parameters, pruned=list(config["pruned"]))
+def _by_every_name(
+    model: nn.Module, values: Mapping[str, Tensor], keys: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """Return the values, also under the other names of tied tensors that are in the file."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    values_by_id = {id(tensor): values[name] for name, tensor in named if name in values}
+    return {n: values_by_id[id(tensor)] for n, tensor in named if n in keys and id(tensor) in values_by_id}
 
 
-def _embeddings(model: PeftModel, adapter: str) -> dict[str, Tensor]:
-    """Return what PEFT saves with the embeddings' base weights included."""
-    from peft import get_peft_model_state_dict
-
-    found: dict[str, Tensor] = get_peft_model_state_dict(
-        model, adapter_name=adapter, save_embedding_layers=True
-    )
-    return found
+def _save(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    # Copies, also of one tensor that has several keys: it is saved under each.
+    copies = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
+    save_file(copies, file, metadata={"format": "pt"})
 
 
-def _check_scaling(folder: Path, model: PeftModel, adapter: str) -> None:
-    """Check that the adapter scales B A as the saved one: shapes do not tell."""
-    from peft import PeftConfig
+def require_peft(model: nn.Module) -> PeftModel:
+    """Return the model.
 
-    saved, own = PeftConfig.from_pretrained(str(folder)), model.peft_config[adapter]
-    for name in ("lora_alpha", "use_rslora", "alpha_pattern"):
-        found, wanted = getattr(saved, name, None), getattr(own, name, None)
-        if found != wanted:
-            raise ValueError(
-                f"{str(folder / ADAPTER_CONFIG)!r} has {name}={found!r}, the model's adapter {adapter!r} "
-                f"{wanted!r}; pass adapter_name with a new name, or the base model"
-            )
-
-
-def _require_peft(model: nn.Module) -> PeftModel:
+    Raises:
+        TypeError: it is not PEFT's.
+    """
     from peft import PeftModel
 
     if not isinstance(model, PeftModel):
@@ -233,98 +199,78 @@ def _require_peft(model: nn.Module) -> PeftModel:
     return model
 
 
-def _active_adapter(model: PeftModel) -> str:
-    adapters = model.active_adapters
-    if len(adapters) != 1:
-        raise ValueError(f"one adapter must be active, got {adapters}; call model.set_adapter(name)")
-    return adapters[0]
+# ---- reading -------------------------------------------------------------------------------------
 
 
-def _adapter_of(posterior: Posterior, model: PeftModel) -> tuple[str, dict[str, str]]:
-    """Return the adapter that holds all of the posterior's parameters (or the active one), and its keys."""
-    for adapter in model.peft_config:
-        try:
-            keys = _peft_keys(model, adapter)
-        except KeyError:  # PEFT's, for an adapter without the trainable tokens that another one has
-            continue
-        if keys.keys() >= posterior.parameters.keys():
-            return adapter, keys
-    adapter = _active_adapter(model)
-    return adapter, _peft_keys(model, adapter)
+@torch.inference_mode(False)  # the tensors outlive the caller's context
+def read_folder(
+    path: str | PathLike[str], methods: Mapping[str, Callable[[SavedFolder], None]]
+) -> SavedFolder:
+    """Read a posterior's folder and check all that can be checked without a model.
+
+    Args:
+        path: a folder that :func:`write_folder` wrote.
+        methods: what checks the config and the tensors, by the saved method.
+
+    Raises:
+        FileNotFoundError: the folder or one of its files is missing.
+        ValueError: a file is damaged, holds what no posterior can be, or is not of this save.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {str(folder)!r}; pass one made by Posterior.save_pretrained")
+    settle(folder)
+    for name in (*DIGESTED, POSTERIOR_CONFIG):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{str(folder / name)!r} is missing; a posterior's folder has it")
+    config = _read_json(folder / POSTERIOR_CONFIG)
+    version = config.get("format_version")
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise ValueError(
+            f"{str(folder / POSTERIOR_CONFIG)!r} has format_version {version!r}; this version reads up to "
+            f"{FORMAT_VERSION}"
+        )
+    data = {name: (folder / name).read_bytes() for name in DIGESTED}
+    _read_json(folder / ADAPTER_CONFIG)
+    values, beside = (_tensors(folder / name, data[name]) for name in (ADAPTER_WEIGHTS, POSTERIOR_WEIGHTS))
+    saved = SavedFolder(folder, config, _adapter_config(folder), values, beside)
+    method = config.get("method")
+    if not isinstance(method, str) or method not in methods:
+        raise ValueError(f"{saved.file(POSTERIOR_CONFIG)} has method {method!r}, not one of {[*methods]}")
+    check_common(saved)
+    methods[method](saved)
+    if version > 1 or "digest" in config:
+        check_digests(saved, data)
+    return saved
 
 
-def _peft_keys(model: PeftModel, adapter: str) -> dict[str, str]:
-    """Return PEFT's file key of each parameter that the adapter saves, by parameter name."""
-    from peft import get_peft_model_state_dict
-
-    # PEFT alone knows how it renames: let it rename a state dict whose values carry their own names.
-    every = dict(model.named_parameters(remove_duplicate=False))  # a tied one under each of its names
-    probe = {name: torch.tensor(i, device="cpu") for i, name in enumerate(every)}
-    names = list(probe)
-    saved = get_peft_model_state_dict(
-        model, state_dict=dict(probe), adapter_name=adapter, save_embedding_layers=False
-    )
-    return {names[int(value)]: key for key, value in saved.items() if value.dim() == 0}
-
-
-def _read_config(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> dict[str, Any]:
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{str(file)!r} is not valid JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("format_version") != FORMAT_VERSION:
-        found = config.get("format_version") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"{str(file)!r} has format_version {found!r}; this version reads {FORMAT_VERSION}")
-    for key in ("parameters", "pruned"):
-        if key not in config:
-            raise ValueError(f"{str(file)!r} has no key {key!r}")
-    if config.get("method") == "monteclora":
-        return config
-    for key, entry in config["parameters"].items():
-        missing = {"stream", "ess", "weight_decay"} - set(entry)
-        if missing:
-            raise ValueError(f"{str(file)!r}: the entry of {key!r} has no {sorted(missing)[0]!r}")
-    return config
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{str(file)!r} holds a {type(found).__name__}, not the names and values of a config"
+        )
+    return found
 
 
-@torch.inference_mode(False)
-def _read_tensors(file: Path) -> dict[str, Tensor]:
+def _adapter_config(folder: Path) -> PeftConfig:
+    from peft import PeftConfig
+
     try:
-        with safe_open(str(file), framework="pt") as tensors:
-            return {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+        return PeftConfig.from_pretrained(str(folder))
+    except ImportError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{str(folder / ADAPTER_CONFIG)!r} is no adapter's config that this PEFT reads: {error!r}"
+        ) from error
+
+
+def _tensors(file: Path, data: bytes) -> dict[str, Tensor]:
+    try:
+        return load(data)
+    except (SafetensorError, ValueError, KeyError) as error:
         raise ValueError(f"{str(file)!r} is damaged or truncated: {error}") from error
-
-
-def _check_agreement(
-    folder: Path, config: dict[str, Any], mean: dict[str, Tensor], hess: dict[str, Tensor]
-) -> None:
-    """Check that the three files speak of the same tensors."""
-    for key in config["parameters"]:
-        for name, tensors in ((ADAPTER_WEIGHTS, mean), (POSTERIOR_WEIGHTS, hess)):
-            if key not in tensors:
-                raise ValueError(
-                    f"{str(folder / name)!r} has no tensor {key!r}, which {POSTERIOR_CONFIG} lists"
-                )
-        if mean[key].shape != hess[key].shape:
-            raise ValueError(
-                f"{str(folder / POSTERIOR_WEIGHTS)!r}: {key!r} has shape {tuple(hess[key].shape)}, "
-                f"in {ADAPTER_WEIGHTS} it has {tuple(mean[key].shape)}"
-            )
-        if not bool((hess[key] > 0).all()):
-            raise ValueError(
-                f"{str(folder / POSTERIOR_WEIGHTS)!r}: {key!r} has a Hessian that is not positive"
-            )
-
-
-def _check_shapes(
-    file: Path, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]
-) -> None:
-    for key, shape in expected.items():
-        if key not in found:
-            raise ValueError(f"{str(file)!r} has no tensor {key!r}, which the model has with shape {shape}")
-        if found[key] != shape:
-            raise ValueError(f"{str(file)!r}: {key!r} has shape {found[key]}, in the model it has {shape}")
-    for key, shape in found.items():
-        if key not in expected:
-            raise ValueError(f"{str(file)!r}: {key!r} of shape {shape} is not in the model's adapter")

@@ -1,4 +1,4 @@
-"""The Gaussian of each parameter: read from an IVON optimizer, and pruned by its variance.
+"""The Gaussian of each parameter: read from an IVON optimizer, and pruned by its variance; and what is fixed.
 
 θ ~ N(m, diag(σ²)), σ² = 1 / (λ (h + δ)), with mean m, Hessian h, effective sample size λ and prior
 precision δ from IVON.
@@ -11,13 +11,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bayeslora.ivon_distributed import part_like, shard_of, whole
-from bayeslora.ties import find_ties
+from bayeslora.posterior_adapters import places
+from bayeslora.ties import memory
+from bayeslora.transactions import unchanged_on_failure
+
+if TYPE_CHECKING:
+    from bayeslora.posterior import Posterior
 
 
 @dataclass
@@ -46,6 +51,20 @@ class GaussianParameter:
         return 1.0 / (self.ess * (self.hess + self.weight_decay))
 
 
+@dataclass
+class FixedTensor:
+    """One tensor of the posterior's adapter that no sample changes, as a head that is trained at its mean.
+
+    Args:
+        tensor: the model's parameter or buffer; a DTensor where it is sharded.
+        value: the posterior's own copy, in the tensor's shape (gathered from all shards) and its dtype, or in
+            fp32 (fp64 for fp64 parameters) where IVON keeps the mean so.
+    """
+
+    tensor: Tensor
+    value: Tensor
+
+
 @torch.no_grad()
 def learned_gaussians(
     param_groups: Iterable[dict[str, Any]], state: Mapping[Tensor, dict[str, Tensor]]
@@ -58,21 +77,13 @@ def learned_gaussians(
         param_groups: the optimizer's; those with ``"perturb": False`` are left out.
         state: the optimizer's, of parameters that hold the mean.
     """
-    stream = -1
-    for group in param_groups:
-        for p in group["params"]:
-            stream += 1
-            held = state.get(p)
-            if not held or not group.get("perturb", True):
-                continue
-            # Gathered first: not every version of torch compares DTensors.
-            mean, now = whole(held["mean"]), whole(p.detach())
-            changed = mean.to(p.dtype) != now
+    for stream, group, p, held in _trained(param_groups, state):
+        if group.get("perturb", True):
             yield (
                 p,
                 GaussianParameter(
                     parameter=p,
-                    mean=torch.where(changed, now.to(mean.dtype), mean).contiguous(),
+                    mean=_mean(p, held).contiguous(),
                     hess=whole(held["hess"].clone(memory_format=torch.contiguous_format)),
                     stream=stream,
                     ess=float(group["ess"]),
@@ -82,15 +93,80 @@ def learned_gaussians(
 
 
 @torch.no_grad()
-def prune_gaussians(
-    gaussians: Iterable[GaussianParameter], ratio: float, order: torch.Generator | None = None
-) -> int:
-    """Prune ``floor(ratio · numel)`` elements of each tensor of two or more dimensions.
+def unperturbed_means(
+    param_groups: Iterable[dict[str, Any]], state: Mapping[Tensor, dict[str, Tensor]]
+) -> dict[Any, Tensor]:
+    """Return a copy of what an IVON optimizer trains at its mean (``"perturb": False``), by its memory."""
+    trained = _trained(param_groups, state)
+    return {memory(p): _mean(p, held) for _, group, p, held in trained if not group.get("perturb", True)}
+
+
+@torch.no_grad()
+def fixed_tensors(
+    model: nn.Module, sampled: Iterable[Tensor], values: Mapping[Any, Tensor] | None = None
+) -> dict[str, FixedTensor]:
+    """Return a copy of what the posterior needs beside its samples, by name.
+
+    That is every other tensor of the adapters that the sampled ones are of, whoever trains it.
+
+    Args:
+        model: a model, at the mean.
+        sampled: the tensors that a sample is written into.
+        values: of further tensors, or finer than they are in the model, by their memory.
+    """
+    values = values or {}
+    seen = {memory(tensor) for tensor in sampled}
+    own, every = {*seen, *values}, places(model)
+    adapters = {place.adapter for place in every if memory(place.tensor) in own}
+    named: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
+    named = [(name, tensor) for name, tensor in named if memory(tensor) in values]
+    named += [(place.name, place.tensor) for place in every if place.adapter in adapters]
+    found = {}
+    for name, tensor in named:
+        if memory(tensor) not in seen:
+            seen.add(memory(tensor))
+            value = values.get(memory(tensor))
+            found[name] = FixedTensor(tensor, whole(tensor.detach().clone()) if value is None else value)
+    return found
+
+
+def _trained(
+    param_groups: Iterable[dict[str, Any]], state: Mapping[Tensor, dict[str, Tensor]]
+) -> Iterator[tuple[int, dict[str, Any], Tensor, dict[str, Tensor]]]:
+    """Yield stream, group, parameter and state of each parameter that has a state."""
+    stream = -1
+    for group in param_groups:
+        for p in group["params"]:
+            stream += 1
+            if held := state.get(p):
+                yield stream, group, p, held
+
+
+def _mean(p: Tensor, held: dict[str, Tensor]) -> Tensor:
+    # Gathered first: not every version of torch compares DTensors.
+    mean, now = whole(held["mean"]), whole(p.detach())
+    return torch.where(mean.to(p.dtype) != now, now.to(mean.dtype), mean)
+
+
+@torch.no_grad()
+def first_moved(fixed: Mapping[str, FixedTensor]) -> str | None:
+    """Return the name of a tensor that no longer holds the posterior's own value; None if all do."""
+    flags = []
+    for f in fixed.values():
+        now = shard_of(f.tensor).local
+        flags.append((now != part_like(f.tensor, f.value).to(now.device, now.dtype)).any())
+    moved = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist() if flags else []
+    return next((name for name, flag in zip(fixed, moved, strict=True) if flag), None)
+
+
+@torch.no_grad()
+def prune_gaussians(posterior: Posterior, ratio: float, order: torch.Generator | None = None) -> int:
+    """Prune ``floor(ratio · numel)`` elements of each tensor of two or more dimensions, or nothing.
 
     A pruned element has h = ∞, and is zero in the mean and in the parameter.
 
     Args:
-        gaussians: changed in place.
+        posterior: its Gaussians and its ``pruned`` are changed in place.
         ratio: fraction to prune, in [0, 1); what is pruned already counts.
         order: None takes the elements of the largest variance, a generator random ones.
 
@@ -102,28 +178,29 @@ def prune_gaussians(
     """
     if not 0.0 <= ratio < 1.0:
         raise ValueError(f"ratio must be in [0, 1), got {ratio!r}")
-    total = 0
-    gaussians = list(gaussians)
-    ties = find_ties([shard_of(g.parameter).local for g in gaussians])
-    for i, g in enumerate(gaussians):
-        hess = g.hess.view(-1)
-        if i in ties:  # elements of equal variance would be chosen in another order
-            first = gaussians[ties[i].first]
-            g.hess.copy_(ties[i].as_tied(first.hess))
-            g.mean.copy_(ties[i].as_tied(first.mean))
-        elif g.hess.dim() >= 2:
-            # Within a tensor the variance falls with h; what is pruned already (h = inf) ranks first.
-            rank = (
-                hess
-                if order is None
-                else torch.rand(hess.shape, generator=order, device=order.device).to(hess.device)
-            )
-            rank = torch.where(torch.isinf(hess), -math.inf, rank)
-            chosen = torch.argsort(rank, stable=True)[: math.floor(ratio * hess.numel())]
-            hess[chosen] = math.inf
-            pruned = torch.isinf(g.hess)
-            g.mean.masked_fill_(pruned, 0.0)
-            local = shard_of(g.parameter).local
-            local.masked_fill_(part_like(g.parameter, pruned).to(local.device), 0.0)
-        total += int(torch.isinf(hess).sum())
+    gaussians = list(posterior.parameters.values())
+    masks = [_pruned(g.hess, ratio, order) for g in gaussians]
+    total = sum(int(mask.sum()) for mask in masks)
+    locals_ = [shard_of(g.parameter).local for g in gaussians]
+    written = [*locals_, *(g.mean for g in gaussians), *(g.hess for g in gaussians)]
+    with unchanged_on_failure(tensors=written, objects=[posterior]):
+        posterior._writer.forget()
+        for g, mask, local in zip(gaussians, masks, locals_, strict=True):
+            g.hess.masked_fill_(mask, math.inf)
+            g.mean.masked_fill_(mask, 0.0)
+            local.masked_fill_(part_like(g.parameter, mask).to(local.device), 0.0)
+        posterior.pruned.append(ratio)
     return total
+
+
+def _pruned(hess: Tensor, ratio: float, order: torch.Generator | None) -> Tensor:
+    """Return the mask of what is pruned of a tensor, or will be."""
+    pruned = torch.isinf(hess)
+    if hess.dim() >= 2:
+        # Within a tensor the variance falls with h; what is pruned already (h = inf) ranks first.
+        rank = hess.flatten()
+        if order is not None:
+            rank = torch.rand(hess.numel(), generator=order, device=order.device).to(hess.device)
+        rank = torch.where(pruned.flatten(), -math.inf, rank)
+        pruned.view(-1)[torch.argsort(rank, stable=True)[: math.floor(ratio * hess.numel())]] = True
+    return pruned

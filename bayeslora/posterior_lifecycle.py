@@ -6,13 +6,23 @@ import copy
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .kernels.param_bucket import state_dtype
+from .posterior_adapters import (
+    adapter_of,
+    add_beside,
+    check_adapter_name,
+    places,
+    places_by_memory,
+    rewriting,
+)
 from .posterior_gaussian import GaussianParameter
+from .ties import as_seen_by, memory
+from .transactions import unchanged_on_failure
 
 if TYPE_CHECKING:
     from .posterior import Posterior
@@ -33,7 +43,7 @@ class PosteriorLifecycle:
             seed: name of the sample; None for the mean.
             variance_scale: factor on the sample's variance, >= 0.
             copy_model: False merges into the model itself, which is then no PEFT model any more: the
-                posterior is of no further use.
+                posterior is of no further use. What interrupts it leaves a model of no use either.
 
         Returns:
             The base model's class, with PEFT's layers gone.
@@ -58,13 +68,14 @@ class PosteriorLifecycle:
             if copy_model:
                 model = unpatch(copy.deepcopy(self.model))
                 return model.merge_and_unload(safe_merge=True)
-            values = {name: p.detach().clone() for name, p in _named(self.model, self.mean).items()}
+            every = {**self.mean, **self.fixed}
+            values = {name: p.detach().clone() for name, p in _named(self.model, every).items()}
         odd = [name for name, value in values.items() if not bool(value.isfinite().all())]
         if odd:  # before the first layer is merged
             raise ValueError(f"{odd[0]!r} holds NaN or infinity; merging would break the model")
         unpatch(self.model)
         with torch.no_grad():
-            for name, p in _named(self.model, self.mean).items():
+            for name, p in _named(self.model, every).items():
                 p.copy_(values[name])
         return self.model.merge_and_unload(safe_merge=True)
 
@@ -78,7 +89,8 @@ class PosteriorLifecycle:
         """Add a plain PEFT adapter that holds the mean, one sample, or the average of several samples.
 
         Samples are averaged matrix by matrix, in fp32. The new adapter is not made active; PEFT's
-        ``set_adapter``, ``save_pretrained`` and ``delete_adapter`` apply to it.
+        ``set_adapter``, ``save_pretrained`` and ``delete_adapter`` apply to it. A failure or an
+        interrupt leaves the model without it.
 
         Args:
             adapter_name: a name the model does not have yet.
@@ -87,7 +99,8 @@ class PosteriorLifecycle:
 
         Raises:
             TypeError: the model is not a PEFT model.
-            ValueError: the name is taken, ``seeds`` is empty, or the posterior is not one adapter's.
+            ValueError: the name is taken or no name for a folder, ``seeds`` is empty, or the posterior is not
+                one adapter's.
 
         Example:
             >>> posterior.add_adapter("average", seeds=range(4))
@@ -96,36 +109,20 @@ class PosteriorLifecycle:
             >>> posterior.model.delete_adapter("average")
         """
         model = _require_peft(self.model)
+        check_adapter_name(adapter_name)
         if adapter_name in model.peft_config:
             raise ValueError(f"the model has an adapter {adapter_name!r}; pass another name")
-        own = _own_adapter(self)
-        renamed = {name: _renamed(name, own, adapter_name) for name in self.mean}
-        values = self._average(seeds, variance_scale)
-        model.add_adapter(adapter_name, copy.deepcopy(model.peft_config[own]))
-        targets = dict(model.named_parameters())
-        source = dict(model.named_parameters())
-        with torch.no_grad():
-            for name, p in source.items():  # what is trained outside of the posterior, too
-                other = targets.get(_renamed(name, own, adapter_name)) if f".{own}." in f"{name}." else None
-                if other is not None:
-                    other.copy_(p)
-            for name, value in values.items():
-                targets[renamed[name]].copy_(value)
-
-    def _average(self: Any, seeds: int | Sequence[int] | None, variance_scale: float) -> dict[str, Tensor]:
-        """Return the mean over samples of each parameter, in its state's dtype."""
-        if seeds is None:
-            return dict(self.mean)
-        names = [seeds] if isinstance(seeds, int) else list(seeds)
-        if not names:
-            raise ValueError("seeds is empty; pass at least one, or None for the mean")
-        total: dict[str, Tensor] = {}
-        for seed in names:
-            with self.sample(seed, variance_scale):
-                for name, p in _named(self.model, self.mean).items():
-                    value = p.detach().to(state_dtype(p.dtype), copy=True)
-                    total[name] = total[name].add_(value) if name in total else value
-        return {name: value.div_(len(names)) for name, value in total.items()}
+        values = _adapter_values(self, seeds, variance_scale)
+        own = adapter_of(model, _named(model, self.mean).values())
+        with unchanged_on_failure(model), torch.no_grad():
+            add_beside(model, adapter_name, model.peft_config[own])
+            added = {place.key: place.tensor for place in places(model) if place.adapter == adapter_name}
+            if odd := added.keys() ^ values.keys():
+                raise ValueError(
+                    f"PEFT does not add an adapter like {own!r} to this model: {min(odd)!r} is in one only"
+                )
+            for key, tensor in added.items():
+                tensor.copy_(values[key])
 
     def push_to_hub(self: Any, repo_id: str, **settings: Any) -> Any:
         """Upload the adapter and its posterior to the Hugging Face hub, as one folder.
@@ -182,7 +179,8 @@ class PosteriorLifecycle:
 
         Raises:
             TypeError: one of them is MonteCLoRA's.
-            ValueError: there is none, names or shapes differ, or a weight is out of range.
+            ValueError: there is none; names, shapes, the scaling of A and B or what is not sampled differ; or
+                a weight is out of range.
 
         Paper: Cong et al., "Variational Low-Rank Adaptation Using IVON" (2024), which names it as future
         work.
@@ -204,6 +202,34 @@ def _lift(folder: Path) -> None:
         inner.rmdir()
 
 
+def _adapter_values(
+    posterior: Any, seeds: int | Sequence[int] | None, variance_scale: float
+) -> dict[str, Tensor]:
+    """Return what the adapter holds at the mean, or on average over samples, by the places' keys."""
+    names = [seeds] if isinstance(seeds, int) else list(seeds or ())
+    if seeds is not None and not names:
+        raise ValueError("seeds is empty; pass at least one, or None for the mean")
+    named = _named(posterior.model, posterior.mean)
+    adapter = adapter_of(posterior.model, named.values())
+    kept = {memory(f.tensor): (f.tensor, f.value) for f in posterior.fixed.values()}
+    means = {memory(p): (p, posterior.mean[name]) for name, p in named.items()}
+    values, sampled = {}, []
+    for place in places(posterior.model):
+        if place.adapter == adapter:
+            owner = {**kept, **means}.get(memory(place.tensor))
+            values[place.key] = place.tensor if owner is None else as_seen_by(place.tensor, *owner)
+            if memory(place.tensor) in means:
+                sampled.append(place)
+    if names:
+        total = {p.key: torch.zeros_like(p.tensor, dtype=state_dtype(p.tensor.dtype)) for p in sampled}
+        for seed in names:
+            with posterior.sample(seed, variance_scale), torch.no_grad():
+                for place in sampled:
+                    total[place.key] += place.tensor
+        values |= {key: value.div_(len(names)) for key, value in total.items()}
+    return values
+
+
 def _product(cls: Any, posteriors: list[Any], weights: Sequence[float] | None) -> Posterior:
     if not posteriors:
         raise ValueError("posteriors is empty: pass at least one")
@@ -214,69 +240,97 @@ def _product(cls: Any, posteriors: list[Any], weights: Sequence[float] | None) -
     shares = [1.0] * len(posteriors) if weights is None else [float(w) for w in weights]
     if len(shares) != len(posteriors) or not all(0.0 < w < float("inf") for w in shares):
         raise ValueError(f"weights must be {len(posteriors)} finite numbers > 0, got {weights!r}")
-    by_key = [_by_key(p) for p in posteriors]
-    for i, found in enumerate(by_key[1:], 1):
-        _check_alike(by_key[0], found, i)
+    parts = [_parts(posterior) for posterior in posteriors]
+    for i, found in enumerate(parts[1:], 1):
+        _check_alike(parts[0], found, i)
     merged: dict[str, GaussianParameter] = {}
-    for key, (name, first) in by_key[0].items():
-        ess = sum(w * found[key][1].ess for w, found in zip(shares, by_key, strict=True))
-        precision = torch.zeros_like(first.mean)
-        total = torch.zeros_like(first.mean)
-        pruned = torch.ones_like(first.mean, dtype=torch.bool)
-        for w, found in zip(shares, by_key, strict=True):
-            g = found[key][1]
-            hess = g.hess.to(precision)
-            certain = torch.isinf(hess)  # pruned: its zero says nothing where another posterior knows
-            part = w * g.ess * (hess + g.weight_decay).masked_fill(certain, 0.0)
-            precision += part
-            total += part * g.mean.to(precision)
-            pruned &= certain
-        hess = (precision / ess).masked_fill(pruned, float("inf"))
-        mean = (total / precision).masked_fill(pruned, 0.0)
-        merged[name] = GaussianParameter(first.parameter, mean, hess, first.stream, ess, 0.0)
-    with torch.no_grad():
+    for key, (name, first) in parts[0].gaussians.items():
+        together = [found.gaussians[key][1] for found in parts]
+        merged[name] = _product_of(first, together, shares)
+    written = [g.parameter for g in merged.values()]
+    fixed = posteriors[0].fixed
+    result = cls(posteriors[0].model, merged, fixed=dict(fixed))
+    with unchanged_on_failure(tensors=[*written, *(f.tensor for f in fixed.values())]), torch.no_grad():
         for g in merged.values():
             g.parameter.copy_(g.mean)
-    return cls(posteriors[0].model, merged)
+        for f in fixed.values():
+            f.tensor.copy_(f.value)
+    return result
 
 
-def _by_key(posterior: Any) -> dict[str, tuple[str, Any]]:
-    """Return name and Gaussian of each parameter, by its name without the adapter's."""
-    try:
-        adapter = _own_adapter(posterior)
-    except (TypeError, ValueError):  # not PEFT's, or spread over adapters: names as they are
-        return {name: (name, g) for name, g in posterior.parameters.items()}
-    return {_renamed(name, adapter, ""): (name, g) for name, g in posterior.parameters.items()}
+def _product_of(
+    first: GaussianParameter, gaussians: list[GaussianParameter], shares: list[float]
+) -> GaussianParameter:
+    ess = sum(w * g.ess for w, g in zip(shares, gaussians, strict=True))
+    precision, total = torch.zeros_like(first.mean), torch.zeros_like(first.mean)
+    pruned = torch.ones_like(first.mean, dtype=torch.bool)
+    for w, g in zip(shares, gaussians, strict=True):
+        hess = g.hess.to(precision)
+        certain = torch.isinf(hess)  # pruned: its zero says nothing where another posterior knows
+        part = w * g.ess * (hess + g.weight_decay).masked_fill(certain, 0.0)
+        precision += part
+        total += part * g.mean.to(precision)
+        pruned &= certain
+    hess = (precision / ess).masked_fill(pruned, float("inf"))
+    mean = (total / precision).masked_fill(pruned, 0.0)
+    return GaussianParameter(first.parameter, mean, hess, first.stream, ess, 0.0)
 
 
-def _check_alike(first: dict[str, Any], other: dict[str, Any], index: int) -> None:
-    odd = first.keys() ^ other.keys()
+class _Parts(NamedTuple):
+    """A posterior's tensors, by their names without the adapter's, and what decides how they are used."""
+
+    gaussians: dict[str, tuple[str, GaussianParameter]]
+    fixed: dict[str, Tensor]
+    uses: dict[tuple[str, str], Any]
+
+
+def _parts(posterior: Any) -> _Parts:
+    held = places_by_memory(posterior.model)
+
+    def key(name: str, tensor: Tensor) -> str:
+        return held[memory(tensor)][0].key if memory(tensor) in held else name
+
+    uses: dict[tuple[str, str], Any] = {}
+    for g in posterior.parameters.values():
+        for place in held.get(memory(g.parameter), []):
+            config = getattr(posterior.model, "peft_config", {}).get(place.adapter)
+            scaling = getattr(place.layer, "scaling", None)
+            scale = scaling.get(place.adapter) if isinstance(scaling, dict) else None
+            uses[place.key, "scaling"] = scale
+            uses[place.key, "a base changed by"] = () if config is None else rewriting(config)[:1]
+    return _Parts(
+        {key(name, g.parameter): (name, g) for name, g in posterior.parameters.items()},
+        {key(name, f.tensor): f.value for name, f in posterior.fixed.items()},
+        uses,
+    )
+
+
+def _check_alike(first: _Parts, other: _Parts, index: int) -> None:
+    odd = (first.gaussians.keys() ^ other.gaussians.keys()) | (first.fixed.keys() ^ other.fixed.keys())
     if odd:
-        raise ValueError(f"posterior {index} and the first do not both have {sorted(odd)[0]!r}")
-    for key, (_, gaussian) in first.items():
-        shape, found = tuple(gaussian.mean.shape), tuple(other[key][1].mean.shape)
+        raise ValueError(f"posterior {index} and the first do not both have {min(odd)!r}")
+    for key, (_, gaussian) in first.gaussians.items():
+        shape, found = tuple(gaussian.mean.shape), tuple(other.gaussians[key][1].mean.shape)
         if shape != found:
             raise ValueError(f"{key!r} has shape {found} in posterior {index}, {shape} in the first")
+    for (key, what), use in first.uses.items():
+        if other.uses.get((key, what)) != use:
+            raise ValueError(
+                f"{key!r} has {what} {other.uses.get((key, what))!r} in posterior {index}, {use!r} in the "
+                "first: the same values are another function there; train both with one lora_alpha, "
+                "use_rslora and init_lora_weights"
+            )
+    for key, value in first.fixed.items():
+        if not torch.equal(value, other.fixed[key].to(value)):
+            raise ValueError(
+                f"{key!r}, which is not sampled, differs in posterior {index} and the first: there is no "
+                "product of it; perturb it, or start both trainings from one value and freeze it"
+            )
 
 
 def _named(model: nn.Module, names: Any) -> dict[str, Tensor]:
-    found = dict(model.named_parameters())
+    found: dict[str, Tensor] = {**dict(model.named_buffers()), **dict(model.named_parameters())}
     return {name: found[name] for name in names}
-
-
-def _renamed(name: str, adapter: str, other: str) -> str:
-    """Return a parameter's name with one adapter's name replaced by another's (the last occurrence)."""
-    head, _, tail = f"{name}.".rpartition(f".{adapter}.")
-    return f"{head}.{other}.{tail}"[:-1]
-
-
-def _own_adapter(posterior: Any) -> str:
-    """Return the adapter that all of the posterior's parameters belong to."""
-    model = _require_peft(posterior.model)
-    for adapter in model.peft_config:
-        if all(f".{adapter}." in f"{name}." for name in posterior.mean):
-            return adapter
-    raise ValueError(f"the posterior's parameters are not those of one adapter of {list(model.peft_config)}")
 
 
 def _require_peft(model: Any) -> Any:

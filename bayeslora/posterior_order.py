@@ -6,7 +6,7 @@ its first row is run
 
 - alone, which nothing can go wrong with;
 - four times at once, where every patched layer overwrites with NaN what it takes for the outputs of three
-  of the four. The fourth must come out as it did alone, and the others as NaN.
+  of the four. The fourth must come out as it did alone, and the others changed.
 
 NaN goes wherever a row's values go, so a row is only ever free of it if it keeps to itself. What the layers
 have read is kept: how many rows each for one of the batch. In every later pass they must read the same,
@@ -263,18 +263,18 @@ def _multiples(rows: set[int], sizes: Sequence[int]) -> frozenset[int]:
 
 
 def _check(by_itself: Sequence[Tensor], together: Sequence[Tensor], dtypes: set[torch.dtype]) -> None:
-    for alone, found in zip(by_itself, together, strict=True):
-        if not found.is_floating_point() or found.shape != (_COPIES, *alone.shape[1:]):
-            raise NotBatched(f"{found.dtype} output has shape {tuple(found.shape)} for {_COPIES} sequences")
-        nans = found.isnan()
-        if not torch.equal(nans[_CLEAN], alone.isnan()[0]):
-            raise NotBatched("the model mixes the rows of its batch, or does not keep their order")
-        if not bool(nans[list(_TAGGED)].view(len(_TAGGED), -1).any(1).all()):
-            raise NotBatched("the samples do not reach every row of the output")
-    clean, alone = together[0][_CLEAN].double(), by_itself[0][0].double()
-    scale = alone.nan_to_num(0.0, 0.0, 0.0).abs().max().item()
     eps = max(torch.finfo(dtype).eps for dtype in (*dtypes, by_itself[0].dtype))
     if torch.get_float32_matmul_precision() != "highest":
         eps = max(eps, 2.0**-10)  # TF32
-    if not torch.allclose(clean, alone, rtol=0.0, atol=math.sqrt(eps) * scale, equal_nan=True):
-        raise NotBatched("the model computes a row another way beside others")
+    for alone, found in zip(by_itself, together, strict=True):
+        if not found.is_floating_point() or found.shape != (_COPIES, *alone.shape[1:]):
+            raise NotBatched(f"{found.dtype} output has shape {tuple(found.shape)} for {_COPIES} sequences")
+        if not torch.equal(found[_CLEAN].isnan(), alone[0].isnan()):
+            raise NotBatched("the model mixes the rows of its batch, or does not keep their order")
+        atol = math.sqrt(eps) * alone.nan_to_num(0.0, 0.0, 0.0).abs().max().item()
+        same = found.double().isclose(alone.double(), rtol=0.0, atol=atol, equal_nan=True)
+        if found is together[0] and not bool(same[_CLEAN].all()):
+            raise NotBatched("the model computes a row another way beside others")
+        # Not all of it is NaN: torch's attention on a CPU gives zeros where all scores of a row are.
+        if bool(same[list(_TAGGED)].view(len(_TAGGED), -1).all(1).any()):
+            raise NotBatched("the samples do not reach every row of the output")

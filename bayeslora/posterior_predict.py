@@ -10,7 +10,6 @@ import copy
 import logging
 import math
 import operator
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from .ivon_distributed import is_sharded
 from .lora_samples import NotBatched
+from .posterior_adapters import homes
 from .posterior_batched import SampledLayers, in_chunks
 from .posterior_order import SCALARS, ByRow, RowOrder, changed, find_order
 from .reversible import Inference
@@ -79,7 +79,7 @@ def check_in_use(posterior: Posterior) -> None:
                 f"{name} is no longer in the model (merged, unloaded or deleted), so samples would change "
                 "nothing; load the posterior onto a base model with Posterior.from_pretrained"
             )
-    for layer, adapter in _homes(posterior):
+    for layer, adapter in homes(posterior):
         if layer.disable_adapters:
             raise ValueError(
                 "the model's adapters are disabled, so samples would change nothing; leave the "
@@ -96,31 +96,6 @@ def check_in_use(posterior: Posterior) -> None:
                 f"the posterior is adapter {adapter!r}'s, active is {layer.active_adapters}; call "
                 f"model.set_adapter({adapter!r}) first"
             )
-
-
-def _homes(posterior: Posterior) -> list[tuple[Any, str]]:
-    """Return PEFT's layers that hold the posterior's parameters, and the adapter they are of.
-
-    Found once: a search through a large model takes longer than a pass of few tokens.
-    """
-    if posterior._homes is not None:
-        return posterior._homes
-    found: list[tuple[Any, str]] = []
-    posterior._homes = found
-    if "peft" not in sys.modules:
-        return found
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    sampled = {id(p) for name, p in posterior.model.named_parameters() if name in posterior.mean}
-    for layer in posterior.model.modules():
-        if not isinstance(layer, BaseTunerLayer):
-            continue
-        parts = (item for name in layer.adapter_layer_names for item in getattr(layer, name).items())
-        for adapter, part in parts:
-            own = part.parameters() if isinstance(part, nn.Module) else [part]
-            if (layer, adapter) not in found[-1:] and any(id(p) in sampled for p in own):
-                found.append((layer, adapter))
-    return found
 
 
 def check_scale(variance_scale: float, ess_scale: float | None) -> float:

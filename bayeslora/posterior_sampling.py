@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from bayeslora._backend import ivon_kernels
 from bayeslora.ivon_distributed import fsdp_modules, is_sharded, part_like, reshard, shard_of
 from bayeslora.kernels.param_bucket import HYPER_WIDTH, ParamBucket, state_dtype
-from bayeslora.posterior_gaussian import GaussianParameter
+from bayeslora.posterior_gaussian import FixedTensor, GaussianParameter
 from bayeslora.reversible import Held, Reversible, use_of
-from bayeslora.ties import find_ties
 
 
 class Overwritten(Reversible):
@@ -32,6 +31,7 @@ class Overwritten(Reversible):
         parameters: gives them, once no other thread writes any.
         write: writes them.
         undo: what is to be done once they are put back.
+        fixed: further tensors of the model, which take the posterior's own values.
     """
 
     _turn: Held | None = None
@@ -43,8 +43,9 @@ class Overwritten(Reversible):
         parameters: Callable[[], Sequence[Tensor]],
         write: Callable[[], object],
         undo: Callable[[], object],
+        fixed: Sequence[FixedTensor] = (),
     ) -> None:
-        self._parameters, self._write, self._undo = parameters, write, undo
+        self._parameters, self._write, self._undo, self._fixed = parameters, write, undo, fixed
         self._turn = Held(use_of(model).writing)
 
     def enter(self) -> None:
@@ -52,8 +53,11 @@ class Overwritten(Reversible):
         if self._turn is None or self._before is not None:
             raise RuntimeError("the sample is in the model already")
         self._turn.enter()
-        targets = [p.detach() for p in self._parameters()]
+        places = [shard_of(f.tensor).local for f in self._fixed]
+        targets = _unshared([p.detach() for p in (*places, *self._parameters())])
         self._before = targets, [p.clone() for p in targets]
+        for target, f in zip(targets, self._fixed, strict=False):
+            target.copy_(part_like(f.tensor, f.value))
         self._write()
 
     def leave(self) -> None:
@@ -70,7 +74,7 @@ class Overwritten(Reversible):
             self.leave()
 
 
-def unshared(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+def _unshared(parameters: list[Tensor]) -> list[Tensor]:
     """Return the parameters.
 
     Raises:
@@ -97,29 +101,37 @@ class SampleWriter:
         self._buckets = None
 
     def sample(
-        self, model: nn.Module, gaussians: Sequence[GaussianParameter], seed: int, variance_scale: float
+        self,
+        model: nn.Module,
+        gaussians: Sequence[GaussianParameter],
+        fixed: Sequence[FixedTensor],
+        seed: int,
+        variance_scale: float,
     ) -> Overwritten:
         """Return a context in which a sample is in the parameters.
 
         Args:
             model: which they are of.
             gaussians: of all parameters, the same at every call.
+            fixed: what no sample changes.
             seed: 64-bit name of the sample.
             variance_scale: factor on the variance, >= 0.
         """
+        sharded = [f.tensor for f in fixed if is_sharded(f.tensor)]
+        modules = fsdp_modules(sharded) if sharded else []
 
         def tensors() -> Sequence[Tensor]:
-            return unshared([p for bucket in self._current_buckets(gaussians) for p in bucket.params])
+            return [p for bucket in self._current_buckets(gaussians) for p in bucket.params]
 
         def write() -> None:
             self._write(self._current_buckets(gaussians), gaussians, seed, variance_scale)
             changed()
 
         def changed() -> None:
-            reshard(self._fsdp_modules)
+            reshard([*self._fsdp_modules, *modules])
             torch.clear_autocast_cache()  # an outer autocast keeps casts of what the parameters held
 
-        return Overwritten(model, tensors, write, changed)
+        return Overwritten(model, tensors, write, changed, fixed)
 
     def _write(
         self,
@@ -153,9 +165,8 @@ def _hyper_groups(gaussians: Sequence[GaussianParameter]) -> list[tuple[float, f
 
 def _make_buckets(gaussians: Sequence[GaussianParameter]) -> list[ParamBucket]:
     groups = _hyper_groups(gaussians)
-    ties = find_ties([shard_of(g.parameter).local for g in gaussians])
     members: dict[tuple[torch.device, torch.dtype], list[GaussianParameter]] = {}
-    for g in (g for i, g in enumerate(gaussians) if i not in ties):
+    for g in gaussians:
         p = g.parameter
         members.setdefault((p.device, state_dtype(p.dtype)), []).append(g)
     buckets = []

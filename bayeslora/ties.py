@@ -7,10 +7,25 @@ names it: PEFT's ``ensure_weight_tying`` makes one parameter a transposed view o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def memory(tensor: Tensor) -> Any:
+    """Return what two tensors have in common exactly if they are one: where they lie, and their size."""
+    if type(tensor) not in (Tensor, nn.Parameter) or not tensor.data_ptr():
+        return id(tensor)
+    return tensor.device, tensor.data_ptr(), tensor.numel()
+
+
+def as_seen_by(view: Tensor, owner: Tensor, value: Tensor) -> Tensor:
+    """Return a value for ``owner`` as it is for another view of the owner's whole memory (its transpose)."""
+    if view.shape == owner.shape and view.stride() == owner.stride():
+        return value
+    held = torch.empty_strided(owner.shape, owner.stride(), dtype=value.dtype, device=value.device)
+    return held.copy_(value).as_strided(view.shape, view.stride())
 
 
 class Tie(NamedTuple):

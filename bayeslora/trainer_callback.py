@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from bayeslora.diagnostics import diagnose, loss_gap
 from bayeslora.ivon_distributed import is_sharded, keep_gradients_local
 from bayeslora.posterior import Posterior, find_ivon
+from bayeslora.posterior_files import keys_of
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -32,6 +33,16 @@ class LocalGradients(TrainerCallback):
             keep_gradients_local(self._trainer.model_wrapped)
 
 
+class _RotatedLater(int):
+    """A ``save_total_limit`` that Trainer's own rotation takes for none (<= 0); else the number it is."""
+
+    def __le__(self, other: int) -> bool:
+        return other == 0 or int(self) <= other
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return int, (int(self),)
+
+
 class PosteriorCallback(TrainerCallback):
     """Writes the posterior into every checkpoint folder that HF Trainer (or TRL's trainers) makes.
 
@@ -47,9 +58,14 @@ class PosteriorCallback(TrainerCallback):
     itself leaves the optimizer out. After ``load_best_model_at_end`` the model holds the best checkpoint's
     mean while the optimizer's Hessian is the last step's: load the posterior from that checkpoint.
 
+    With ``save_total_limit`` an old checkpoint is deleted once the new one has its posterior, not before:
+    from the first save on there is a whole one at every moment, also if the process is killed.
+
     Raises:
         TypeError: at the start of training, the trainer's optimizer is not a :class:`bayeslora.IVON`, or
             its model is not a PEFT model.
+        ValueError: at the start of training, the optimizer trains what PEFT's file of the adapter would not
+            hold.
     """
 
     def on_train_begin(
@@ -58,22 +74,29 @@ class PosteriorCallback(TrainerCallback):
         """Refuse a run whose checkpoints could not get a posterior."""
         from peft import PeftModel
 
-        find_ivon(kwargs["optimizer"])
-        if not isinstance(kwargs["model"], PeftModel):
+        model, optimizer = kwargs["model"], find_ivon(kwargs["optimizer"])
+        if not isinstance(model, PeftModel):
             raise TypeError(
                 f"PosteriorCallback saves beside a PEFT adapter, but the trainer's model is a "
-                f"{type(kwargs['model']).__name__}; pass the model through peft.get_peft_model"
+                f"{type(model).__name__}; pass the model through peft.get_peft_model"
             )
+        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        keys_of(model, {name: p for name, p in model.named_parameters() if id(p) in trained})
+        if args.save_total_limit is not None and not state.is_hyper_param_search:
+            args.save_total_limit = _RotatedLater(args.save_total_limit)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write the posterior into the checkpoint that Trainer has just written."""
+        """Write the posterior into the checkpoint that Trainer has just written; then delete old ones."""
         model: nn.Module = kwargs["model"]
         posterior = Posterior.from_optimizer(model, kwargs["optimizer"])
         if args.should_save or any(map(is_sharded, model.parameters())):  # gathering takes every rank
             folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             posterior.save_pretrained(folder)
+        if args.should_save and isinstance(args.save_total_limit, _RotatedLater):
+            limit, best = int(args.save_total_limit), state.best_model_checkpoint
+            rotate_checkpoints(str(args.output_dir), limit, best, use_mtime=True)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -82,6 +105,8 @@ class PosteriorCallback(TrainerCallback):
         opt = find_ivon(kwargs["optimizer"])
         opt.eval()
         opt._report_skipped(final=True)
+        if isinstance(args.save_total_limit, _RotatedLater):
+            args.save_total_limit = int(args.save_total_limit)
 
 
 class DiagnosticsCallback(TrainerCallback):

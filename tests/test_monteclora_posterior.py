@@ -1,11 +1,14 @@
 """Posterior.from_monteclora: samples by seed, their law, predictions, pruning, and files that PEFT reads."""
 
+import copy
 import json
 
 import pytest
 import torch
+from crashes import interrupted_at
 from monteclora_models import BATCH, bank_of, patched_model, peft_model, tiny_llama
 from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 
 import bayeslora
 from bayeslora import Posterior
@@ -163,6 +166,94 @@ def test_damaged_folders_are_named_and_leave_the_model(posterior, tmp_path):
     file.write_text(json.dumps(config))
     with pytest.raises(ValueError, match="has no key 'options'"):
         Posterior.from_pretrained(peft_model(), tmp_path)
+
+
+def _options(**values):
+    return lambda config: config["options"].update(values)
+
+
+def _drop_option(config):
+    del config["options"]["sparse"]
+
+
+REFUSED = {
+    "another estimator": (_options(estimator="best"), "estimator must be one of"),
+    "no sparse": (_drop_option, "'options' must name"),
+    "one more option": (_options(seed=3), "'options' must name"),
+    "sparse of a string": (_options(sparse="no"), "'sparse' must be true or false"),
+    "half an outer sample": (_options(outer_samples=1.5), "'outer_samples' an integer"),
+    "no outer samples": (_options(outer_samples=0), "outer_samples must be an integer >= 1"),
+    "a list of options": (lambda config: config.update(options=[1]), "'options' must name"),
+    "a scale of NaN": (
+        lambda config: config.update(sample_scaler=float("nan")),
+        "sample_scaler must be finite",
+    ),
+    "a scale of a string": (
+        lambda config: config.update(sample_scaler="1"),
+        "'sample_scaler' must be a number",
+    ),
+    "no parameters": (lambda config: config.update(parameters=[]), "'parameters' must list"),
+    "half of the parameters": (lambda config: config["parameters"].pop(), "do not both perturb"),
+    "another matrix perturbed": (_options(perturb="B"), "do not both perturb"),
+    "pruned ratios": (lambda config: config.update(pruned=[2]), "has pruned="),
+}
+
+
+@pytest.mark.parametrize("onto", ["base", "patched"])
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_refused_folder_changes_nothing(case, onto, posterior, tmp_path):
+    spoil, match = REFUSED[case]
+    posterior.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "posterior_config.json").read_text())
+    spoil(config)
+    del config["digest"]  # as an older folder, in which only values tell
+    (tmp_path / "posterior_config.json").write_text(json.dumps({**config, "format_version": 1}))
+    model = tiny_llama() if onto == "base" else patched_model()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1)
+    before = {name: (p.clone(), p.requires_grad) for name, p in model.named_parameters()}
+    modules = [(name, type(module)) for name, module in model.named_modules()]
+    options = None if onto == "base" else bank_of(model).options
+    with pytest.raises(ValueError, match=match):
+        Posterior.from_pretrained(model, tmp_path)
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[n], v) and after[n].requires_grad == r for n, (v, r) in before.items())
+    assert [(name, type(module)) for name, module in model.named_modules()] == modules
+    assert onto == "base" or bank_of(model).options is options
+
+
+def test_masks_that_are_none_are_refused(posterior, tmp_path):
+    posterior.prune(0.1)
+    for number, change in enumerate((lambda m: m + 1, lambda m: m.float(), lambda m: m[:1], lambda m: 1 - m)):
+        folder = tmp_path / str(number)
+        posterior.save_pretrained(folder)
+        masks = load_file(folder / "posterior.safetensors")
+        save_file(
+            {key: change(mask).contiguous() for key, mask in masks.items()}, folder / "posterior.safetensors"
+        )
+        with pytest.raises(ValueError, match=r"posterior\.safetensors.*(must be 0, as uint8|has shape)"):
+            Posterior.from_pretrained(tiny_llama(), folder)
+
+
+def test_an_interrupted_prune_prunes_all_or_nothing():
+    original = Posterior.from_monteclora(patched_model(ONE_LAYER))
+    done = copy.deepcopy(original)
+    lines = interrupted_at(0, lambda: done.prune(0.3))
+    states = [(list(p.pruned), _adapter(p.model), p.mean) for p in (original, done)]
+    found = []
+    for number in range(1, lines + 1, 3):
+        posterior = copy.deepcopy(original)
+        interrupted_at(number, lambda posterior=posterior: posterior.prune(0.3))
+        same = [
+            posterior.pruned == pruned
+            and _same(_adapter(posterior.model), adapter)
+            and _same(posterior.mean, mean)
+            for pruned, adapter, mean in states
+        ]
+        found.append(same.index(True))
+    assert lines > 30 and found == sorted(found)
 
 
 def test_a_model_without_monteclora_is_named():

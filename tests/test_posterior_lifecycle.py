@@ -5,6 +5,7 @@ import importlib.util
 
 import pytest
 import torch
+from crashes import interrupted_at
 from monteclora_models import patched_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -28,9 +29,9 @@ def _base(dtype=torch.float32, hidden_size=32):
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
-def _posterior(seed=1, adapter="default", r=3, ess=50.0):
+def _posterior(seed=1, adapter="default", r=3, ess=50.0, **settings):
     torch.manual_seed(seed)
-    config = LoraConfig(r=r, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    config = LoraConfig(r=r, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **settings)
     model = patch(get_peft_model(_base(), config, adapter)).eval()
     params = [p for p in model.parameters() if p.requires_grad]
     for p in params:
@@ -283,6 +284,50 @@ def test_product_refuses_what_does_not_fit(posterior):
         with pytest.raises(ValueError, match="weights must be 2 finite numbers > 0"):
             Posterior.product([posterior, posterior], weights)
     assert _same(_adapter(posterior.model), before)
+
+
+def test_an_interrupted_product_leaves_the_first_model_or_merges():
+    original, other = _posterior(1), _posterior(2)
+    done = copy.deepcopy(original)
+    lines = interrupted_at(0, lambda: Posterior.product([done, other]))
+    states, found = [_adapter(p.model) for p in (original, done)], []
+    for number in range(1, lines + 1, 7):
+        first = copy.deepcopy(original)
+        interrupted_at(number, lambda first=first: Posterior.product([first, other]))
+        found.append([_same(_adapter(first.model), state) for state in states].index(True))
+    assert lines > 50 and found == sorted(found)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"lora_alpha": 32}, {"use_rslora": True}, {"alpha_pattern": {"v_proj": 1}}]
+)
+def test_product_refuses_matrices_that_are_scaled_otherwise(settings, posterior):
+    before, other = _adapter(posterior.model), _posterior(2, **settings)
+    with pytest.raises(ValueError, match=r"has scaling .* in posterior 1"):
+        Posterior.product([posterior, other])
+    assert _same(_adapter(posterior.model), before)
+
+
+def test_product_refuses_heads_that_are_not_sampled_and_differ():
+    posteriors = []
+    for change in (0.0, 0.0, 0.1):
+        config = LoraConfig(
+            r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"
+        )
+        torch.manual_seed(1)
+        model = get_peft_model(_base(), config)
+        head = model.get_output_embeddings().modules_to_save["default"].weight
+        head.data.add_(change)
+        lora = [p for p in model.parameters() if p.requires_grad and p is not head]
+        groups = [{"params": lora}, {"params": [head], "perturb": False}]
+        posteriors.append(IVON(groups, lr=0.1, ess=50.0).posterior(model))
+    one, same, other = posteriors
+    merged = Posterior.product([one, same])
+    assert torch.equal(
+        merged.predict(TOKENS, 2, variance_scale=0.0), one.predict(TOKENS, 1, variance_scale=0.0)
+    )
+    with pytest.raises(ValueError, match=r"lm_head.*not sampled, differs in posterior 1"):
+        Posterior.product([one, other])
 
 
 # ---- the hub -------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import logging
 import threading
 
 import pytest
+import tiny_lm
 import torch
 import torch._dynamo.testing
 from peft import LoraConfig, get_peft_model
@@ -159,6 +160,12 @@ def test_a_model_that_does_not_keep_samples_in_rows_is_run_in_turn(kind, table, 
 @pytest.mark.parametrize("kind", [RowMajorRows, Windows])
 def test_rows_flattened_in_order_share_a_pass(kind, caplog):
     assert not _both(_posterior(kind()), _inputs(2, 6), caplog)
+
+
+@pytest.mark.parametrize("side", ["q_proj", "k_proj"])
+def test_attention_that_makes_zeros_of_nan_scores_shares_a_pass(side, caplog):
+    posterior = _posterior(tiny_lm.make_model(50), [side])
+    assert not _both(posterior, torch.randint(3, 50, (2, 6)), caplog)
 
 
 def test_one_probe_serves_batches_of_every_size(caplog):

@@ -4,9 +4,12 @@ Every trainer takes the same model and settings; hooks note the batches it feeds
 the loop is run on those batches.
 """
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptEncoderConfig, get_peft_model
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
     EarlyStoppingCallback,
@@ -19,6 +22,8 @@ from transformers import (
 )
 
 from bayeslora import IVON, Posterior, PosteriorCallback, patch
+from bayeslora.posterior_checks import check_ivon
+from bayeslora.posterior_files import read_folder
 
 pytestmark = pytest.mark.usefixtures("one_gpu")
 
@@ -436,3 +441,45 @@ def test_callback_refuses_what_it_cannot_save(tmp_path, device):
     )
     with pytest.raises(TypeError, match="LlamaForCausalLM; pass the model through"):
         trainer.train()
+    prompts = get_peft_model(base, PromptEncoderConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    trainer = Trainer(
+        prompts, arguments, train_dataset=_Tokens(), optimizers=(_optimizer(prompts), None),
+        callbacks=[PosteriorCallback()],
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="a P_TUNING adapter does not hold it as it is"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_an_old_checkpoint_goes_once_the_new_one_has_its_posterior(best, tmp_path, device, monkeypatch):
+    model = _model()
+    settings = {"save_total_limit": 1, "save_steps": 1, "eval_steps": 1, "max_steps": 4}
+    if best:
+        settings |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+    deleted, delete = [], shutil.rmtree
+
+    def checked(path, *args, **kwargs):
+        if Path(path).parent == tmp_path and Path(path).name.startswith("checkpoint-"):
+            others = [folder for folder in tmp_path.glob("checkpoint-*") if folder != Path(path)]
+            whole = [read_folder(folder, {"ivon": check_ivon}) for folder in others]
+            deleted.append((path, len(whole)))
+        delete(path, *args, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", checked)
+    arguments = TrainingArguments(**_arguments(tmp_path, device, **settings))
+    trainer = Trainer(
+        model,
+        arguments,
+        train_dataset=_Tokens(),
+        eval_dataset=_Tokens(4),
+        optimizers=(IVON(_trained(model), **{**IVON_SETTINGS, "lr": 20.0}), None),
+        callbacks=[PosteriorCallback()],
+    )
+    trainer.train()
+    assert len(deleted) == 3 and all(whole for _, whole in deleted)
+    (left,) = tmp_path.glob("checkpoint-*")
+    assert left.name == (Path(trainer.state.best_model_checkpoint).name if best else "checkpoint-4")
+    Posterior.from_pretrained(_model(patched=False), left)
+    assert type(arguments.save_total_limit) is int and arguments.save_total_limit == 1
+    assert torch.load(left / "training_args.bin", weights_only=False).save_total_limit == 1
