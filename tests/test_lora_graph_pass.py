@@ -84,7 +84,7 @@ class Counted:
 @pytest.fixture
 def one_node_a_layer(monkeypatch):
     """Compiled layers are operators at any size; small ones would be torch's own operators."""
-    monkeypatch.setattr("bayeslora.patching.chain_serves", lambda x, call: False)
+    monkeypatch.setattr("bayeslora.patching.chain_serves", lambda *_: False)
 
 
 @pytest.mark.parametrize("how", ["one dtype", "fp32 adapters", "checkpointed"])

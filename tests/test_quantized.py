@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.lora.layer import Linear as PeftLoraLinear
 from tiny_lm import make_model
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import bayeslora
@@ -127,6 +128,47 @@ def test_the_dropped_gradient_is_that_of_the_mask(device):
         return add_lora(*args, scaling=0.5, dropout_p=0.4)
 
     assert torch.autograd.gradcheck(same_mask, (base, x, a, b))
+
+
+@pytest.mark.parametrize("frozen", ["nothing", "x", "A", "B"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_second_derivatives(frozen, dropout_p, device):
+    """Through A where x is a function of it, as in any model, and where the loss is linear in the output."""
+    pytest.importorskip("bitsandbytes")
+    from bayeslora.lora_quantized import add_lora
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"base": (5, 3), "x": (5, 7), "A": (2, 7), "B": (3, 2)}
+    leaves = [
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(device).requires_grad_(name != frozen)
+        for name, shape in shapes.items()
+    ]
+
+    def same_mask(base, x, a, b):
+        torch.manual_seed(4)
+        return add_lora(base, x.square(), a, b, scaling=0.5, dropout_p=dropout_p)
+
+    assert torch.autograd.gradgradcheck(same_mask, leaves)
+
+
+def test_a_mode_and_hooks_on_all_modules_see_torchs_operators(base_folder, device):
+    model = patch(_model(base_folder, "int8", device))
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    layer = model.get_submodule(name)
+    with torch.no_grad():
+        x = torch.randn(2, layer.in_features, device=device)
+        want, seen = layer(x), []
+        handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module)))
+        try:
+            hooked = layer(x)
+        finally:
+            handle.remove()
+        with FlopCounterMode(display=False) as counter:
+            counted = layer(x)
+    assert seen.count(nn.Linear) == 2  # A and B
+    assert counter.get_total_flops() >= 2 * 2 * 4 * (layer.in_features + layer.out_features)
+    for got in (hooked, counted):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
