@@ -206,6 +206,7 @@ if hasattr(bnb, "Linear8bitLt"):
     class FusedLora8bit(_FusedForward, bnb.Linear8bitLt):
         """PEFT's LoRA layer on an int8 base with a fused LoRA part."""
 
+    FusedLora8bit.__name__ = "Linear8bitLt"  # see `patching.FusedLoraLinear`
     FUSED_KINDS[bnb.Linear8bitLt] = FusedLora8bit
 
 if hasattr(bnb, "Linear4bit"):
@@ -213,4 +214,5 @@ if hasattr(bnb, "Linear4bit"):
     class FusedLora4bit(_FusedForward, bnb.Linear4bit):
         """PEFT's LoRA layer on a 4-bit base (nf4, fp4) with a fused LoRA part."""
 
+    FusedLora4bit.__name__ = "Linear4bit"
     FUSED_KINDS[bnb.Linear4bit] = FusedLora4bit

@@ -8,6 +8,7 @@ fused forward (``lora_linear.py``) can serve it; where it cannot, PEFT's own for
 import functools
 import logging
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -64,9 +65,17 @@ class FusedLoraLinear(PeftLoraLinear):
     def __setstate__(self, state: Any) -> None:
         """Restore a copied or unpickled layer; it joins the copy of its group."""
         super().__setstate__(state)
+        _fused_layers.add(self)
         if "_lora_group" in self.__dict__:
             group, index = self.__dict__["_lora_group"]
             group.join(index, self)
+
+
+_fused_layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""All there are, copies too: with the last of them inductor's pass goes."""
+
+# What PEFT's tools print, and others filter on. Pickles go by ``__qualname__``.
+FusedLoraLinear.__name__ = PeftLoraLinear.__name__
 
 
 @functools.cache
@@ -389,6 +398,7 @@ def patch(model: _Model, adapter_name: str | None = None) -> _Model:
         reason = _reason_to_leave(layer, adapter_name)
         if reason is None:
             layer.__class__ = _fused_kind(type(layer))  # type: ignore[assignment]
+            _fused_layers.add(layer)  # type: ignore[arg-type]
         else:
             left[reason] += 1
     add_groups(model, FusedLoraLinear)
@@ -412,7 +422,10 @@ def _group_compiled_layers() -> None:
 
 
 def unpatch(model: _Model) -> _Model:
-    """Give every layer that `patch` changed its own class back, in place; return ``model`` itself."""
+    """Give every layer that `patch` changed its own class back, in place; return ``model`` itself.
+
+    With the last patched layer of the process inductor's pass goes as well.
+    """
     remove_groups(model)
     detach_monteclora(model)
     for module in model.modules():
@@ -420,4 +433,7 @@ def unpatch(model: _Model) -> _Model:
             module.__class__ = PeftLoraLinear  # type: ignore[assignment]
         elif type(module).__module__ == "bayeslora.lora_quantized":
             module.__class__ = type(module).__bases__[-1]  # type: ignore[assignment]
+        _fused_layers.discard(module)
+    if not _fused_layers and (graph_pass := sys.modules.get("bayeslora.lora_graph_pass")) is not None:
+        graph_pass.remove()
     return model

@@ -73,7 +73,7 @@ def test_outputs_and_gradients_are_pefts(kind, base_folder, device, caplog):
     with caplog.at_level(logging.INFO, "bayeslora"):
         patch(model)
     assert caplog.messages[-1] == "patched 14 of 14 LoRA layers"
-    classes = {type(m).__name__ for m in model.modules() if "lora" in type(m).__module__}
+    classes = {type(m).__qualname__ for m in model.modules() if "lora" in type(m).__module__}
     assert {"int8": "FusedLora8bit", "nf4": "FusedLora4bit"}[kind] in classes
     assert patch(model) is model  # again: nothing changes
     # int8 rounds activations: on the GPU its own products are not exact either.
@@ -169,6 +169,14 @@ def test_a_mode_and_hooks_on_all_modules_see_torchs_operators(base_folder, devic
     assert counter.get_total_flops() >= 2 * 2 * 4 * (layer.in_features + layer.out_features)
     for got in (hooked, counted):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pefts_tools_see_pefts_names(kind, base_folder, device):
+    model = _model(base_folder, kind, device)
+    want = [(status.name, status.module_type) for status in model.get_layer_status()]
+    patch(model)
+    assert [(status.name, status.module_type) for status in model.get_layer_status()] == want
 
 
 @pytest.mark.parametrize("kind", KINDS)
