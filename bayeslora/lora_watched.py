@@ -28,10 +28,10 @@ def call_is_watched() -> bool:
     Hooks on all modules, ``torch.func``, dual tensors, ``torch.jit.trace``, and modes that replace functions
     but for a default device, which is one too.
     """
+    if is_compiling():  # Dynamo compiles anew where a length changes, and calls no backward hooks
+        return _transforms() or len(_forward_hooks) > 0 or len(_forward_pre_hooks) > 0
     if _forward_hooks or _forward_pre_hooks or _backward_hooks or _backward_pre_hooks:
         return True
-    if is_compiling():
-        return _transforms()
     if _transforms() or forward_ad._current_level >= 0 or _is_tracing():
         return True
     modes = _function_modes()
