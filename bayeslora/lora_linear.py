@@ -275,7 +275,8 @@ def apply_layers(
 ) -> tuple[Tensor, ...]:
     """Apply several layers to one input: as `lora_linear` applied to each, with one dropout mask for all.
 
-    Its arguments are not checked. The outputs share one node of the autograd graph.
+    Its arguments are not checked. The outputs share one node of the autograd graph. Each may all the same be
+    differentiated in a backward pass of its own; where every A is frozen, with ``retain_graph=True``.
 
     Args:
         x: ``(..., K)``, as for `lora_linear`.
