@@ -36,6 +36,8 @@ def pytest_configure() -> None:
             inject(self, model, *arguments, **keywords)
             if any(isinstance(module, LoraLayer) for module in model.modules()):
                 bayeslora.patch(self)
+                fused = sum(type(module).__module__.startswith("bayeslora") for module in model.modules())
+                _write("", fused)
 
         BaseTuner.inject_adapter = inject_and_patch
 
@@ -44,12 +46,16 @@ def pytest_runtest_logreport(report) -> None:
     """Write one line a phase of a test; xdist's workers send theirs here."""
     if _RECORD in os.environ and "PYTEST_XDIST_WORKER" not in os.environ:
         outcome = "error" if report.failed and report.when != "call" else report.outcome
-        with open(os.environ[_RECORD], "a") as record:
-            record.write(json.dumps([report.nodeid, outcome]) + "\n")
+        _write(report.nodeid, outcome)
 
 
-def run(checkout: Path, arguments: list[str], patched: bool) -> dict[str, str]:
-    """Run the checkout's tests; return each one's outcome, the worst of its phases."""
+def _write(name, value) -> None:
+    with open(os.environ[_RECORD], "a") as record:
+        record.write(json.dumps([name, value]) + "\n")
+
+
+def run(checkout: Path, arguments: list[str], patched: bool) -> tuple[dict[str, str], int]:
+    """Run the checkout's tests; return each one's outcome, the worst of its phases, and the fused layers."""
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder) / "outcomes"
         record.touch()
@@ -70,10 +76,14 @@ def run(checkout: Path, arguments: list[str], patched: bool) -> dict[str, str]:
         ]
         subprocess.run(command, cwd=checkout, env=environment, check=False)
         outcomes: dict[str, str] = {}
+        fused = 0
         for line in record.read_text().splitlines():
-            name, outcome = json.loads(line)
-            outcomes[name] = max(outcomes.get(name, "passed"), outcome, key=_WORST_LAST.index)
-        return outcomes
+            name, value = json.loads(line)
+            if name:
+                outcomes[name] = max(outcomes.get(name, "passed"), value, key=_WORST_LAST.index)
+            else:
+                fused += value
+        return outcomes, fused
 
 
 def main() -> int:
@@ -81,8 +91,8 @@ def main() -> int:
     if len(sys.argv) < 2 or not Path(sys.argv[1], "tests").is_dir():
         raise SystemExit("usage: python tests/peft_suite.py PATH_TO_PEFT_CHECKOUT [pytest arguments]")
     checkout, arguments = Path(sys.argv[1]), sys.argv[2:]
-    plain, patched = (run(checkout, arguments, patched=patched) for patched in (False, True))
-    lines = []
+    (plain, _), (patched, fused) = (run(checkout, arguments, patched=patched) for patched in (False, True))
+    lines = [f"{fused} fused layers"]
     for title, outcomes in (("unpatched", plain), ("patched", patched)):
         counts = Counter(outcomes.values())
         lines.append(f"{title}: " + ", ".join(f"{counts[kind]} {kind}" for kind in _WORST_LAST))
@@ -91,7 +101,7 @@ def main() -> int:
     lines.append(f"{len(differ)} of {len(names)} differ")
     lines += [f"  {plain.get(name, 'not run')} -> {patched.get(name, 'not run')}  {name}" for name in differ]
     sys.stdout.write("\n".join(lines) + "\n")
-    return int(not plain or any(plain.get(name) == "passed" for name in differ))
+    return int(not fused or any(plain.get(name) == "passed" for name in differ))
 
 
 if __name__ == "__main__":
