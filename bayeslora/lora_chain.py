@@ -26,14 +26,14 @@ _MULTIPLICATIONS = 2**36
 """M N K up to which the host is taken to be the slower: 0.6 ms for an H100's base, forward + backward."""
 
 
-def chain_serves(x: Tensor, call: LoraCall) -> bool:
+def chain_serves(x: Tensor, call: LoraCall, compiling: bool) -> bool:
     """Tell whether the chain serves a call: a small one, compiled or without gradients, no dropout.
 
     Under autocast only where that is the dtype of x and W.
     """
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if not compiling and torch.is_grad_enabled():
         return False  # eager training, where this question costs too
-    if call.dropout_p != 0.0 or not (torch.compiler.is_compiling() or _serves_eager(x)):
+    if call.dropout_p != 0.0 or not (compiling or _serves_eager(x)):
         return False
     if not call.dtype == x.dtype == call.weight.dtype:  # autocast's is another
         return False
@@ -45,6 +45,26 @@ def _serves_eager(x: Tensor) -> bool:
     if x.device.type not in _EAGER_DEVICES or type(x) is not Tensor:
         return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def plain(x: Tensor, call: LoraCall) -> Tensor:
+    """Return the output as PEFT makes it, for a mode that follows operators.
+
+    Selective checkpointing keeps what operators return, and runs none again that it has kept: none may write
+    into memory that it is given, and no kernel pass it by.
+    """
+    weight = call.weight.t() if call.transposed else call.weight
+    x, bias = cast(x, call.dtype), None if call.bias is None else cast(call.bias, call.dtype)
+    base = F.linear(x, cast(weight, call.dtype), bias)
+    return added(base, x, call.lora_a, call.lora_b, call.scaling, call.dropout_p)
+
+
+def added(
+    base: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, dropout_p: float
+) -> Tensor:
+    """Return ``base + s drop(x) Aᵀ Bᵀ`` for `plain`, dropout being torch's own."""
+    x = F.dropout(x, dropout_p)
+    return base + F.linear(F.linear(x, cast(lora_a, x.dtype)), cast(lora_b, x.dtype)) * scaling
 
 
 def chain(x: Tensor, call: LoraCall) -> Tensor:

@@ -53,10 +53,19 @@ class LoraGroupPass(CustomGraphPass):
         return get_hash_for_files((__file__, lora_cast_pass.__file__, lora_ops.__file__))
 
 
+_PASS = LoraGroupPass()
+
+
 def install() -> None:
     """Have inductor run the pass from now on, unless its place is taken by somebody else's."""
     if config.post_grad_custom_pre_pass is None:
-        config.post_grad_custom_pre_pass = LoraGroupPass()
+        config.post_grad_custom_pre_pass = _PASS
+
+
+def remove() -> None:
+    """Undo `install`; somebody else's pass stays."""
+    if getattr(config, "post_grad_custom_pre_pass", None) is _PASS:
+        config.post_grad_custom_pre_pass = None
 
 
 def group_layers(graph: fx.Graph) -> int:

@@ -157,7 +157,7 @@ class LoraGroup:
         layer: nn.Module,
         x: Tensor,
         call: LoraCall,
-        sibling_call: Callable[[nn.Module, Tensor], LoraCall | None],
+        sibling_call: Callable[[nn.Module, Tensor, torch.dtype], LoraCall | None],
     ) -> Tensor | None:
         """Return the output of ``layer`` for ``x``, parked or computed now with its siblings'.
 
@@ -166,8 +166,8 @@ class LoraGroup:
             layer: the member that is called.
             x: its input.
             call: what its output depends on.
-            sibling_call: gives the same of a sibling that is called with ``x`` next, or None where the
-                fused forward could not serve that call.
+            sibling_call: gives the same of a sibling that is called with ``x`` next, to be computed in
+                ``call``'s dtype, or None where the fused forward could not serve that call.
 
         Returns:
             The output; None where there is nothing to share, and the layer computes it by itself.
@@ -190,7 +190,7 @@ class LoraGroup:
                 return ahead[2]
         calls = {index: call}
         for i, sibling in self._others(index):
-            other = sibling_call(sibling, x)
+            other = sibling_call(sibling, x, call.dtype)
             if other is not None and other[5:] == call[5:] and other.is_beside(x):
                 calls[i] = other
         if len(calls) == 1:
@@ -208,9 +208,10 @@ class LoraGroup:
         call = calls[index]
         layers = [calls[i].tensors() for i in order]
         results = apply_layers(x, layers, call.scaling, call.dropout_p, None, call.dtype)
-        outputs = {i: (calls[i], calls[i].versions(), y) for i, y in zip(order, results, strict=True)}
-        own = outputs.pop(index)[2]
-        self._parked = _Parked(x, context, outputs)
+        outputs = dict(zip(order, results, strict=True))
+        own = outputs.pop(index)
+        parked = {i: (calls[i], calls[i].versions(), y) for i, y in outputs.items()}
+        self._parked = _Parked(x, context, parked)
         return own
 
 

@@ -11,7 +11,8 @@ of one layer); A, h and dh stack the layers' parts, R = Σ rᵢ::
 One layer is three products forward and five backward; n layers are 2 n + 1 and 3 n + 2, where n separate
 calls make 3 n and 5 n and add n - 1 gradients of x. x is read for h, drawn dropout for and multiplied
 with dh once for all of them. Saved for backward: x, h ``(M, R)`` and the adapters in the dtype of the
-computation; the mask is drawn again from the call's seed.
+computation; the mask is drawn again from the call's seed. A backward that is itself differentiated, or that
+a mode follows, makes its gradients by ``lora_twice.py``.
 
 Everything runs in x's dtype, or in autocast's where that is on; gradients of A and B come back in their
 own dtypes, accumulated in fp32. Under ``torch.compile`` the same arithmetic is the operator of
@@ -21,12 +22,16 @@ own dtypes, accumulated in fp32. Under ``torch.compile`` the same arithmetic is 
 from collections.abc import Sequence
 from functools import cache
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from .lora_passes import Layer, LoraWeights, Needs, Saved, all_gradients, backward, forward
+from .lora_passes import Layer, LoraWeights, Needs, Saved, all_gradients, backward, columns, forward, ranks_of
+from .lora_products import cast
+from .lora_twice import lora_gradients, masked
+from .lora_watched import backward_is_watched
 
 if TYPE_CHECKING:
     from .kernels.lora_perturbed_twin import Perturbation
@@ -41,27 +46,26 @@ def _all_needed(n: int) -> tuple[bool, ...]:
 
 
 def _needed(
-    flat: Tensor,
+    x: Tensor,
     hidden: Tensor,
     seed: Tensor | None,
     lora_a: Tensor,
     lora_bs: Sequence[Tensor],
-    layers: Sequence[Layer],
+    weights: Sequence[Tensor],
+    adapters: Sequence[Tensor],
     needs: Needs,
 ) -> list[Tensor | None]:
     """Return what backward reads where not every gradient is wanted, and what autograd is to watch."""
     needs_a = True in needs.a
-    nothing = [None] * len(layers)
-    weights, _, lora_as, originals = zip(*layers, strict=True)
+    nothing = [None] * len(weights)
     return [
-        flat if needs_a else None,
+        x if needs_a else None,
         hidden if True in needs.b else None,
         seed,
         lora_a if needs.x else None,
-        *(lora_bs if needs.x or needs_a or len(layers) > 1 else nothing),  # their sizes cut h
+        *(lora_bs if needs.x or needs_a or len(weights) > 1 else nothing),  # their sizes cut h
         *(weights if needs.x else nothing),
-        *(lora_as if needs.x else nothing),
-        *(originals if needs.x or needs_a else nothing),
+        *(adapters if needs.x or needs_a else ()),
     ]
 
 
@@ -83,38 +87,41 @@ class LoRALinearFunction(torch.autograd.Function):
         *adapters: Tensor,
     ) -> tuple[Tensor, ...]:
         """Compute the outputs and keep what backward needs; ``adapters`` are the layers' A and B in turn."""
-        outputs, flat, hidden, lora_a, lora_bs = forward(x, layers, scaling, dropout_p, seed, dtype)
+        outputs, hidden, lora_a, lora_bs = forward(x, layers, scaling, dropout_p, seed, dtype)
         wanted = ctx.needs_input_grad
         needs = None  # all of them
+        weights = [layer[0] for layer in layers]
         if seed is None and wanted == _all_needed(len(layers)):
-            weights = [layer[0] for layer in layers]
-            saved = [flat, hidden, None, lora_a, *lora_bs, *weights]
+            saved = [x, hidden, None, lora_a, *lora_bs, *weights]
             if lora_a is not adapters[0]:
-                # Only for autograd to see them change in place: what backward reads may be a copy.
+                # For second derivatives, and for autograd to see a change in place: backward reads copies.
                 saved += adapters
         else:
             needs = Needs(wanted[0], wanted[6::2], wanted[7::2])
-            saved = _needed(flat, hidden, seed, lora_a, lora_bs, layers, needs)
+            saved = _needed(x, hidden, seed, lora_a, lora_bs, weights, adapters, needs)
+            if needs.by_hidden:
+                outputs = (*outputs, hidden)
         ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
         dtypes = [(lora_a.dtype, lora_b.dtype) for _, _, lora_a, lora_b in layers]
-        ctx.settings = needs, dtypes, scaling, dropout_p, x.shape, x.dtype
+        ctx.settings = needs, dtypes, scaling, dropout_p, x.shape
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Return the gradients of x and of every A and B, each only where it is needed."""
+        needs, dh = ctx.settings[0], None
+        if needs is not None and needs.by_hidden:
+            *dys, dh = dys  # type: ignore[assignment]
         given = [dy for dy in dys if dy is not None]
-        if not given:
-            return (None,) * (6 + 2 * len(dys))
-        if not (torch.is_grad_enabled() or torch._C._is_any_autocast_enabled()):
+        if not given and dh is None:
+            return (None,) * len(ctx.needs_input_grad)
+        watched = dh is not None or backward_is_watched()
+        if not (watched or torch._C._is_any_autocast_enabled()):
             return _gradients(ctx, dys, given)
-        # Every dtype was settled in forward; grad mode is on under create_graph=True.
-        with torch.no_grad(), torch.autocast(given[0].device.type, enabled=False):
-            gradients = _gradients(ctx, dys, given)
-        if not torch.is_grad_enabled():
-            return gradients
-        return _DifferentiableOnce.apply(given[0].new_empty(0).requires_grad_(), *gradients)
+        device = given[0].device if dh is None else dh.device
+        with torch.autocast(device.type, enabled=False):  # every dtype was settled in forward
+            return _watched_gradients(ctx, dys, given, dh) if watched else _gradients(ctx, dys, given)
 
 
 # `Function.apply` without its care for functorch, whose transforms `patch` leaves to PEFT: a tenth of the
@@ -122,46 +129,97 @@ class LoRALinearFunction(torch.autograd.Function):
 _apply = super(torch.autograd.Function, LoRALinearFunction).apply
 
 
-class _DifferentiableOnce(torch.autograd.Function):
-    """Pass gradients on, and raise where someone differentiates through them.
-
-    ``once_differentiable`` would say so only where dy requires a gradient, and else leave out without a
-    word that dx depends on A and B.
-    """
-
-    @staticmethod
-    def forward(_ctx: Any, _source: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return tuple(None if gradient is None else gradient.view_as(gradient) for gradient in gradients)
-
-    @staticmethod
-    def backward(_ctx: Any, *_: Tensor) -> None:  # type: ignore[override]
-        raise RuntimeError(
-            "the fused LoRA layer cannot be differentiated twice; "
-            "use PEFT's own layers for second derivatives: bayeslora.unpatch(model)"
-        )
-
-
 def _gradients(ctx: Any, dys: Sequence[Tensor | None], given: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
     """Return `LoRALinearFunction.backward`'s result; ``given`` are those of ``dys`` that are not None."""
     n = len(dys)
-    needs, adapter_dtypes, scaling, dropout_p, x_shape, x_dtype = ctx.settings
-    flat, hidden, seed, lora_a, *rest = ctx.saved_tensors
+    needs, adapter_dtypes, scaling, dropout_p, x_shape = ctx.settings
+    complete = len(given) == n
+    x, hidden, seed, lora_a, *rest = ctx.saved_tensors if complete else _saved_tensors(ctx, dys, given)
+    flat = x if x is None or len(x_shape) == 2 else x.view(-1, x_shape[-1])
     lora_bs, weights = rest[:n], rest[n : 2 * n]
     dx: Tensor | None
     das: Sequence[Tensor | None]
     dbs: Sequence[Tensor | None]
-    if needs is None and len(given) == n:
+    if needs is None and complete:
         dx, das, dbs = all_gradients(given, flat, hidden, lora_a, lora_bs, weights, adapter_dtypes, scaling)
     else:
         saved = Saved(flat, hidden, seed, lora_a, lora_bs, weights)
         needs = needs or Needs(True, [True] * n, [True] * n)
         dx, das, dbs = backward(dys, saved, needs, adapter_dtypes, scaling, dropout_p)
     if dx is not None:
-        dx = (dx if dx.dtype == x_dtype else dx.to(x_dtype)).view(x_shape)
+        dx = dx.view(x_shape)
     if n == 1:
         return dx, None, None, None, None, None, das[0], dbs[0]
     pairs = chain.from_iterable(zip(das, dbs, strict=True))
     return dx, None, None, None, None, None, *pairs
+
+
+def _watched_gradients(
+    ctx: Any, dys: Sequence[Tensor | None], given: Sequence[Tensor], dh: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Return `_gradients`' result in torch's own operators, from the tensors that forward was given.
+
+    ``dh`` is the gradient of h, which there is in the backward of a backward.
+    """
+    n = len(dys)
+    _, dtypes, scaling, dropout_p, x_shape = ctx.settings
+    x, hidden, seed, lora_a, *rest = _saved_tensors(ctx, dys, given)
+    needs_x, *needs = ctx.needs_input_grad[:1] + ctx.needs_input_grad[6:]
+    flat = None if x is None else x.view(-1, x_shape[-1])
+    ranks = ranks_of(rest[:n]) if n > 1 else [0]  # of a single layer B may be None
+    parts = [None] * n if hidden is None else columns(hidden, ranks)
+    adapters = rest[2 * n :] or [lora_a, rest[0]] * n  # of several layers they are saved where they are read
+    dxs = [] if dh is None else [masked(dh @ lora_a * scaling, dropout_p, seed)]
+    gradients: list[Tensor | None] = [None] * (2 * n)
+    for i, dy in enumerate(dys):
+        if dy is not None:
+            own, flat_dy = slice(2 * i, 2 * i + 2), dy.reshape(-1, dy.shape[-1])
+            dx, *gradients[own] = lora_gradients(
+                flat_dy,
+                flat,
+                parts[i],
+                adapters[own],
+                dtypes[i],
+                scaling,
+                dropout_p,
+                seed,
+                (needs_x, *needs[own]),
+            )
+            if dx is not None:
+                dxs += dx, flat_dy @ cast(rest[n + i], dy.dtype)
+    dx = sum(dxs[1:], dxs[0]).view(x_shape) if dxs else None
+    return dx, None, None, None, None, None, *gradients
+
+
+class _Kept(NamedTuple):
+    """What a node has saved, for the outputs that are still to be differentiated."""
+
+    saved: Sequence[Tensor | None]
+    versions: Sequence[int]
+    left: set[int]
+
+
+def _saved_tensors(ctx: Any, dys: Sequence[Tensor | None], given: Sequence[Tensor]) -> Sequence[Any]:
+    """Return what forward saved, also where outputs are differentiated in several backward passes.
+
+    The outputs share a node, and torch frees what it has saved with the first pass through it.
+    """
+    needs = ctx.settings[0]
+    if len(given) == len(dys) or (needs is not None and needs.by_hidden):  # h would keep its own node alive
+        return ctx.saved_tensors
+    asked = {i for i, dy in enumerate(dys) if dy is not None}
+    kept = getattr(ctx, "kept", None)
+    if kept is None or not asked <= kept.left or kept.versions != _versions(kept.saved):
+        saved = ctx.saved_tensors  # an error where they are freed
+        kept = _Kept(saved, _versions(saved), set(range(len(dys))))
+    if not torch._C._autograd._get_current_graph_task_keep_graph():  # type: ignore[attr-defined]
+        kept.left.difference_update(asked)
+    ctx.kept = kept if kept.left else None
+    return kept.saved
+
+
+def _versions(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [tensor._version for tensor in tensors if tensor is not None]
 
 
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -217,9 +275,8 @@ def apply_layers(
 ) -> tuple[Tensor, ...]:
     """Apply several layers to one input: as `lora_linear` applied to each, with one dropout mask for all.
 
-    Its arguments are not checked. The outputs share one node of the autograd graph: it is differentiated
-    in one go, so a second backward that starts from another of the outputs needs ``retain_graph=True`` in
-    the first.
+    Its arguments are not checked. The outputs share one node of the autograd graph. Each may all the same be
+    differentiated in a backward pass of its own; where every A is frozen, with ``retain_graph=True``.
 
     Args:
         x: ``(..., K)``, as for `lora_linear`.
@@ -239,14 +296,16 @@ def apply_layers(
         dtype = compute_dtype(x, layers[0][0])
     if dropout_p != 0.0 or seed is not None:
         seed = _mask_seed(x, dropout_p, seed)
-    if torch.compiler.is_compiling():
+    if is_compiling():
         from .lora_ops import compiled_lora_linear
 
         return tuple(compiled_lora_linear(x, layer, scaling, dropout_p, seed, dtype) for layer in layers)
+    # Here, so that torch differentiates the cast, and backward saves what the function was given.
+    x = cast(x, dtype).contiguous()
     if torch.is_grad_enabled():
         call = LoRALinearFunction.apply if torch._C._are_functorch_transforms_active() else _apply
         adapters = layers[0][2:] if len(layers) == 1 else [part for layer in layers for part in layer[2:]]
-        return call(x, layers, scaling, dropout_p, seed, dtype, *adapters)
+        return call(x, layers, scaling, dropout_p, seed, dtype, *adapters)[: len(layers)]
     return forward(x, layers, scaling, dropout_p, seed, dtype)[0]
 
 
@@ -261,7 +320,7 @@ def lora_linear(
     seed: Tensor | None = None,
     perturbation: "Perturbation | None" = None,
 ) -> Tensor:
-    """Return ``x Wᵀ + bias + scaling · drop(x) Aᵀ Bᵀ``, differentiable once in x, A and B.
+    """Return ``x Wᵀ + bias + scaling · drop(x) Aᵀ Bᵀ``, differentiable in x, A and B.
 
     With a ``perturbation`` each group of rows has a posterior sample of A and B of its own, drawn by the
     noise contract inside the kernels, and the standard deviations get gradients too.

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .lora_passes import Adapters, Layer, LoraWeights, Needs, Saved, backward, cast_adapters, forward
 from .lora_products import cast
+from .lora_twice import lora_gradients
 from .operators import operator
 
 
@@ -45,7 +46,8 @@ def _lora_linear(
 ) -> tuple[Tensor, Tensor]:
     """Return y ``(..., N)`` and h ``(M, r)``, in ``dtype``."""
     layer = LoraWeights(weight, bias, lora_a, lora_b)
-    (y,), _, hidden, _, _ = forward(x, (layer,), scaling, dropout_p, seed, dtype, _given(adapters))
+    x = cast(x, dtype).contiguous()
+    (y,), hidden, _, _ = forward(x, (layer,), scaling, dropout_p, seed, dtype, _given(adapters))
     return y, hidden
 
 
@@ -136,6 +138,8 @@ def _backward(ctx: Any, dy: Tensor | None, _dh: Tensor | None) -> tuple[Tensor |
         return (None,) * 10
     x, weight, lora_a, lora_b, hidden, seed = ctx.saved_tensors
     needs_x, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
+    if torch.is_grad_enabled():  # create_graph=True, by a backend that leaves the backward to torch
+        return _followed_backward(ctx, dy, (needs_x, needs_a, needs_b))
     dx, da, db = _lora_linear_backward(
         dy,
         x,
@@ -153,6 +157,19 @@ def _backward(ctx: Any, dy: Tensor | None, _dh: Tensor | None) -> tuple[Tensor |
     )
     gradients = (dx if needs_x else None, None, None, da if needs_a else None, db if needs_b else None)
     return *gradients, None, None, None, None, None
+
+
+def _followed_backward(ctx: Any, dy: Tensor, needs: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:
+    x, weight, lora_a, lora_b, _, seed = ctx.saved_tensors
+    with torch.autocast(dy.device.type, enabled=False):
+        flat = cast(x, dy.dtype).reshape(-1, x.shape[-1])
+        flat_dy, dtypes = dy.reshape(-1, dy.shape[-1]), (lora_a.dtype, lora_b.dtype)
+        dx, da, db = lora_gradients(
+            flat_dy, flat, None, (lora_a, lora_b), dtypes, ctx.scaling, ctx.dropout_p, seed, needs
+        )
+        if dx is not None:
+            dx = cast(dx + flat_dy @ cast(weight, dy.dtype), x.dtype).view(x.shape)
+    return dx, None, None, da, db, None, None, None, None, None
 
 
 torch.library.register_autograd("bayeslora::lora_linear", _backward, setup_context=_setup_context)
@@ -175,7 +192,8 @@ def _lora_linear_group(
 ) -> list[Tensor]:
     """Return every layer's y as `_lora_linear` without dropout, then their h side by side ``(M, Σr)``."""
     layers = [LoraWeights(*parts) for parts in zip(weights, biases, lora_as, lora_bs, strict=True)]
-    ys, _, hidden, _, _ = forward(x, layers, scaling, 0.0, None, dtype, _given(adapters))
+    x = cast(x, dtype).contiguous()
+    ys, hidden, _, _ = forward(x, layers, scaling, 0.0, None, dtype, _given(adapters))
     return [*ys, hidden]
 
 

@@ -80,18 +80,15 @@ def forward(
     seed: Tensor | None,
     dtype: torch.dtype,
     adapters: Adapters | None = None,
-) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor, Sequence[Tensor]]:
-    """Compute every layer's output ``(..., Nᵢ)`` from x ``(..., K)``, in ``dtype``.
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Sequence[Tensor]]:
+    """Compute every layer's output ``(..., Nᵢ)`` from x ``(..., K)``, contiguous and in ``dtype``.
 
     ``adapters`` are what `cast_adapters` returns of the layers' A and B, from a caller that has them.
 
     Returns:
         The outputs, none of which is a view, as autograd counts; and what a backward may need, all in
-        ``dtype``: x as ``(M, K)``, h ``(M, R)``, the layers' A stacked ``(R, K)``, and their B.
+        ``dtype``: h ``(M, R)``, the layers' A stacked ``(R, K)``, and their B.
     """
-    if x.dtype != dtype:
-        x = x.to(dtype)
-    x = x.contiguous()
     *leading, k = x.shape
     flat = x if len(leading) == 1 else x.view(-1, k)
     weights, biases, lora_a, lora_bs = _operands(layers, dtype, adapters)
@@ -102,22 +99,25 @@ def forward(
         ys = tuple(x.new_empty(*leading, weight.shape[0]) for weight in weights)
         outs = [y.view(-1, y.shape[-1]) for y in ys]
         tensors = list(zip(weights, biases, lora_bs, strict=True))
-        return ys, flat, lora_forward(flat, tensors, lora_a, scaling, outs, route)[1], lora_a, lora_bs
+        return ys, lora_forward(flat, tensors, lora_a, scaling, outs, route)[1], lora_a, lora_bs
     dropped = flat if seed is None else dropout_ops(flat).dropout(flat, dropout_p, seed)
     hidden = scaled_product(dropped, lora_a.t(), scaling)
     if len(layers) == 1:
         ys = (base_plus_lora(flat, leading, weights[0], biases[0], hidden, lora_bs[0]),)
     else:
-        parts = zip(weights, biases, _columns(hidden, lora_bs), lora_bs, strict=True)
+        parts = zip(weights, biases, columns(hidden, ranks_of(lora_bs)), lora_bs, strict=True)
         ys = tuple([base_plus_lora(flat, leading, *operands) for operands in parts])
-    return ys, flat, hidden, lora_a, lora_bs
+    return ys, hidden, lora_a, lora_bs
 
 
-def _columns(stacked: Tensor, lora_bs: Sequence[Tensor]) -> Sequence[Tensor]:
+def ranks_of(lora_bs: Sequence[Tensor]) -> list[int]:
+    """Return each layer's rank."""
+    return [lora_b.shape[1] for lora_b in lora_bs]
+
+
+def columns(stacked: Tensor, ranks: list[int]) -> Sequence[Tensor]:
     """Return each layer's columns of ``(M, R)``."""
-    if len(lora_bs) == 1:
-        return (stacked,)
-    return stacked.split_with_sizes([lora_b.shape[1] for lora_b in lora_bs], 1)
+    return (stacked,) if len(ranks) == 1 else stacked.split_with_sizes(ranks, 1)
 
 
 class Saved(NamedTuple):
@@ -140,6 +140,14 @@ class Needs(NamedTuple):
     x: bool
     a: Sequence[bool]
     b: Sequence[bool]
+
+    @property
+    def by_hidden(self) -> bool:
+        """Whether dB depends on an x that is not kept, since every A is frozen.
+
+        h is then an output of the function: through it a second derivative comes to x.
+        """
+        return self.x and True in self.b and True not in self.a
 
 
 def backward(
@@ -168,20 +176,21 @@ def backward(
         assert flat is not None and hidden is not None and lora_a is not None
         return all_gradients(given, flat, hidden, lora_a, lora_bs, weights, adapter_dtypes, scaling)
     flat_dys = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys]
+    ranks = ranks_of(saved.lora_bs) if len(dys) > 1 else [0]  # of a single layer B may be None
     used = [i for i, dy in enumerate(flat_dys) if dy is not None]
     wants_a = any(needs.a[i] for i in used)
     da: list[Tensor | None] = [None] * len(dys)
     db: list[Tensor | None] = [None] * len(dys)
     if any(needs.b[i] for i in used):
         assert saved.hidden is not None
-        for i, part in enumerate(_columns(saved.hidden, saved.lora_bs)):
+        for i, part in enumerate(columns(saved.hidden, ranks)):
             dy = flat_dys[i]
             if dy is not None and needs.b[i]:
                 db[i] = tall_product(dy, part, adapter_dtypes[i][1])
-    dh = _hidden_gradients(flat_dys, saved.lora_bs, scaling) if needs.x or wants_a else None
+    dh = _hidden_gradients(flat_dys, saved.lora_bs, ranks, scaling) if needs.x or wants_a else None
     if dh is not None and wants_a:
         assert saved.flat is not None
-        da = _a_gradients(dh, saved, needs, used, adapter_dtypes, dropout_p)
+        da = _a_gradients(dh, saved, ranks, needs, used, adapter_dtypes, dropout_p)
     dx = None
     if dh is not None and needs.x:
         assert saved.lora_a is not None
@@ -212,7 +221,9 @@ def all_gradients(
     a_dtype, b_dtype = adapter_dtypes[0]
     one_dtype = len(dys) == 1 or all(pair == (a_dtype, b_dtype) for pair in adapter_dtypes[1:])
     flat_dys = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
-    weights = [cast(weight, flat.dtype) for weight in weights]
+    ranks = ranks_of(lora_bs)
+    dtype = flat.dtype
+    weights = [weight if weight.dtype == dtype else weight.to(dtype) for weight in weights]
     if one_dtype and a_dtype == b_dtype:
         route = kernel_route("backward", flat, weights, lora_a.shape[0])
         if route is not None:
@@ -221,35 +232,35 @@ def all_gradients(
             dx, stacked, dbs = lora_backward(
                 flat_dys, flat, weights, hidden, lora_a, lora_bs, scaling, a_dtype, route=route
             )
-            return dx, _rows_of(stacked, lora_bs), dbs
-    dh = _hidden_gradients(flat_dys, lora_bs, scaling)
+            return dx, _rows_of(stacked, ranks), dbs
+    dh = _hidden_gradients(flat_dys, lora_bs, ranks, scaling)
     if len(dys) == 1:
         db = [tall_product(flat_dys[0], hidden, b_dtype)]
     else:
-        columns = zip(flat_dys, _columns(hidden, lora_bs), adapter_dtypes, strict=True)
-        db = [tall_product(dy, part, own) for dy, part, (_, own) in columns]
+        parts = zip(flat_dys, columns(hidden, ranks), adapter_dtypes, strict=True)
+        db = [tall_product(dy, part, own) for dy, part, (_, own) in parts]
     # A product over A's of two dtypes is made in the wider one and rounded from there.
     widest = a_dtype if one_dtype else max((a for a, _ in adapter_dtypes), key=lambda dtype: dtype.itemsize)
-    da = _rows_of(tall_product(dh, flat, widest), lora_bs)
+    da = _rows_of(tall_product(dh, flat, widest), ranks)
     if not one_dtype:
         da = [cast(part, a) for part, (a, _) in zip(da, adapter_dtypes, strict=True)]
     return input_gradient(flat_dys, weights, (dh, lora_a)), da, db
 
 
-def _rows_of(stacked: Tensor, lora_bs: Sequence[Tensor]) -> list[Tensor]:
+def _rows_of(stacked: Tensor, ranks: list[int]) -> Sequence[Tensor]:
     """Return each layer's rows of ``(R, K)``."""
-    if len(lora_bs) == 1:
-        return [stacked]
-    return list(stacked.split_with_sizes([lora_b.shape[1] for lora_b in lora_bs]))
+    return [stacked] if len(ranks) == 1 else stacked.split_with_sizes(ranks)
 
 
-def _hidden_gradients(flat_dys: Sequence[Tensor | None], lora_bs: Sequence[Tensor], scaling: float) -> Tensor:
+def _hidden_gradients(
+    flat_dys: Sequence[Tensor | None], lora_bs: Sequence[Tensor], ranks: list[int], scaling: float
+) -> Tensor:
     """Return dh ``(M, R)``, zero in the columns of unused outputs."""
     if len(flat_dys) == 1 and flat_dys[0] is not None:
         return scaled_product(flat_dys[0], lora_bs[0], scaling)
     like = next(dy for dy in flat_dys if dy is not None)
-    dh = like.new_empty(like.shape[0], sum(lora_b.shape[1] for lora_b in lora_bs))
-    for part, dy, lora_b in zip(_columns(dh, lora_bs), flat_dys, lora_bs, strict=True):
+    dh = like.new_empty(like.shape[0], sum(ranks))
+    for part, dy, lora_b in zip(columns(dh, ranks), flat_dys, lora_bs, strict=True):
         if dy is None:
             part.zero_()
         else:
@@ -260,6 +271,7 @@ def _hidden_gradients(flat_dys: Sequence[Tensor | None], lora_bs: Sequence[Tenso
 def _a_gradients(
     dh: Tensor,
     saved: Saved,
+    ranks: list[int],
     needs: Needs,
     used: Sequence[int],
     adapter_dtypes: Sequence[tuple[torch.dtype, torch.dtype]],
@@ -273,7 +285,7 @@ def _a_gradients(
     dtypes = {a for (a, _), want in zip(adapter_dtypes, wanted, strict=True) if want}
     # A product over A's of two dtypes is made in the wider one and rounded from there.
     product = tall_product(dh, dropped, max(dtypes, key=lambda dtype: dtype.itemsize))
-    parts = _rows_of(product, saved.lora_bs)
+    parts = _rows_of(product, ranks)
     return [
         cast(part, a) if want else None
         for part, (a, _), want in zip(parts, adapter_dtypes, wanted, strict=True)

@@ -1,4 +1,4 @@
-"""The LoRA linear layer with a posterior sample of its own for each group of rows, differentiable once.
+"""The LoRA linear layer with a posterior sample of its own for each group of rows.
 
 Equation: see ``kernels/lora_perturbed_twin.py``. Gradients, with z drawn again from the noise contract::
 
@@ -20,9 +20,10 @@ from torch import Tensor
 from ._backend import uses_triton
 from .kernels import lora_perturbed_twin as twin
 from .kernels.lora_perturbed_twin import Perturbation
-from .lora_linear import _DifferentiableOnce
 from .lora_passes import LoraWeights
 from .lora_products import base_product, cast, dropout_ops
+from .lora_twice import lora_gradients
+from .lora_watched import backward_is_watched
 
 
 def check_perturbation(x: Tensor, layer: LoraWeights, p: Perturbation) -> None:
@@ -69,7 +70,8 @@ def perturbed_layer(
     stds = cast(p.a_std, torch.float32), cast(p.b_std, torch.float32)
     index = p.seeds.contiguous(), p.draws.contiguous()
     streams = p.a_stream, p.b_stream
-    arguments = (x, *layer, *stds, *index, streams, scaling, dropout_p, seed, dtype)
+    x = cast(x, dtype).contiguous()
+    arguments = (x, *layer, *stds, *index, streams, scaling, dropout_p, seed)
     if torch.is_grad_enabled():
         return PerturbedLoRALinearFunction.apply(*arguments)
     return _forward(*arguments)[0]
@@ -101,11 +103,9 @@ def _forward(
     scaling: float,
     dropout_p: float,
     seed: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y ``(..., N)``, x as ``(M, K)`` and h ``(M, r)``, in ``dtype``."""
-    ops = _kernels()
-    x = cast(x, dtype).contiguous()
+) -> tuple[Tensor, Tensor]:
+    """Return y ``(..., N)`` and h ``(M, r)``, in x's dtype; x is contiguous."""
+    ops, dtype = _kernels(), x.dtype
     flat = _rows(x)
     dropped = flat if seed is None else dropout_ops(flat).dropout(flat, dropout_p, seed)
     a, b = lora_a.detach().contiguous(), lora_b.detach().contiguous()
@@ -114,7 +114,7 @@ def _forward(
     with torch.autocast(x.device.type, enabled=False):
         y = base_product(x, cast(weight, dtype), None if bias is None else cast(bias, dtype))
     ops.perturbed_up_(_rows(y), hidden, b, b_std.contiguous(), b_noise, wide_first=True)
-    return y, flat, hidden
+    return y, hidden
 
 
 class PerturbedLoRALinearFunction(torch.autograd.Function):
@@ -123,26 +123,24 @@ class PerturbedLoRALinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:  # type: ignore[override]
         """Compute the output and keep x, h and the factors; arguments as for `_forward`."""
-        y, flat, hidden = _forward(*arguments)
-        x, weight, _, lora_a, lora_b, a_std, b_std, seeds, draws = arguments[:9]
-        ctx.save_for_backward(flat, hidden, weight, lora_a, lora_b, a_std, b_std, seeds, draws, arguments[12])
+        y, hidden = _forward(*arguments)
+        x, weight, _, *rest = arguments[:9]
+        ctx.save_for_backward(x, hidden, weight, *rest, arguments[12])
         ctx.streams, ctx.scaling, ctx.dropout_p = arguments[9:12]
-        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Return the gradients of x, A, B and their standard deviations."""
-        with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
-            gradients = _gradients(ctx, dy)
-        if torch.is_grad_enabled():  # create_graph=True
-            gradients = _DifferentiableOnce.apply(dy.new_empty(0).requires_grad_(), *gradients)
-        dx, da, db, da_std, db_std = gradients
-        return dx, None, None, da, db, da_std, db_std, *[None] * 7
+        gradients = _watched_gradients if backward_is_watched() else _gradients
+        with torch.autocast(dy.device.type, enabled=False):
+            dx, da, db, da_std, db_std = gradients(ctx, dy)
+        return dx, None, None, da, db, da_std, db_std, *[None] * 6
 
 
 def _gradients(ctx: Any, dy: Tensor) -> Sequence[Tensor | None]:
-    flat, hidden, weight, lora_a, lora_b, a_std, b_std, seeds, draws, seed = ctx.saved_tensors
+    x, hidden, weight, lora_a, lora_b, a_std, b_std, seeds, draws, seed = ctx.saved_tensors
+    flat = _rows(x)
     needs_x, _, _, needs_a, needs_b, needs_a_std, needs_b_std, *_ = ctx.needs_input_grad
     ops, dy = _kernels(), _rows(dy)
     a_noise, b_noise = (ops.Noise(seeds, draws, stream) for stream in ctx.streams)
@@ -162,11 +160,40 @@ def _gradients(ctx: Any, dy: Tensor) -> Sequence[Tensor | None]:
             ops.perturbed_up_(lora_dx, dh, a, a_std.contiguous(), a_noise, wide_first=False)
             if seed is not None:
                 dropout_ops(dx).dropout_add_(dx, lora_dx, ctx.dropout_p, seed)
-            dx = cast(dx, ctx.x_dtype).view(ctx.x_shape)
+            dx = dx.view(x.shape)
     return (
         dx,
         cast(da, lora_a.dtype) if needs_a and da is not None else None,
         cast(db, lora_b.dtype) if needs_b and db is not None else None,
         da_std if needs_a_std else None,
         db_std if needs_b_std else None,
+    )
+
+
+def _watched_gradients(ctx: Any, dy: Tensor) -> Sequence[Tensor | None]:
+    """Return `_gradients`' result in torch's own operators, from the samples written out."""
+    x, hidden, weight, lora_a, lora_b, a_std, b_std, seeds, draws, seed = ctx.saved_tensors
+    needs_x, _, _, needs_a, needs_b, needs_a_std, needs_b_std, *_ = ctx.needs_input_grad
+    groups = seeds.numel()
+
+    def noise(mean: Tensor, stream: int) -> Tensor:
+        zeros, ones = (torch.full(mean.shape, value, device=mean.device) for value in (0.0, 1.0))
+        return twin.sample_factors(zeros, ones, seeds, draws, stream, torch.float32)
+
+    def by_group(rows: Tensor) -> Tensor:
+        return rows.reshape(groups, -1, rows.shape[-1])
+
+    z_a, z_b = noise(lora_a, ctx.streams[0]), noise(lora_b, ctx.streams[1])
+    samples = lora_a.float() + a_std * z_a, lora_b.float() + b_std * z_b
+    needs = needs_x, needs_a or needs_a_std, needs_b or needs_b_std
+    dx, das, dbs = lora_gradients(
+        by_group(dy), by_group(x), by_group(hidden), samples, (torch.float32, torch.float32),
+        ctx.scaling, ctx.dropout_p, seed, needs,
+    )  # fmt: skip
+    return (
+        None if dx is None else dx.view(x.shape) + (dy @ cast(weight, dy.dtype)).view(x.shape),
+        None if das is None else cast(das.sum(0), lora_a.dtype),
+        None if dbs is None else cast(dbs.sum(0), lora_b.dtype),
+        None if das is None else (das * z_a).sum(0),
+        None if dbs is None else (dbs * z_b).sum(0),
     )

@@ -18,9 +18,12 @@ from typing import Any
 import torch
 from peft.tuners.lora import bnb
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .lora_chain import added
+from .lora_passes import Needs
 from .lora_products import cast, dropout_ops, scaled_product, tall_product
+from .lora_twice import lora_gradients, masked
+from .lora_watched import backward_is_watched, call_is_watched, dispatch_modes, is_foreign
 from .patching import _VARIANT_NAMES, _active_adapters, _unsupported_adapter
 
 _SEED_RANGE = 2**63 - 1
@@ -39,10 +42,10 @@ class LoRAAddFunction(torch.autograd.Function):
         scaling: float,
         dropout_p: float,
         seed: Tensor | None,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        """Return y ``(..., N)`` in ``base``'s dtype; ``dtype`` is the one the LoRA part is computed in."""
-        flat = cast(x, dtype).reshape(-1, x.shape[-1])
+    ) -> tuple[Tensor, ...]:
+        """Return y ``(..., N)`` in ``base``'s dtype, computed in x's; x is contiguous."""
+        dtype = x.dtype
+        flat = x.view(-1, x.shape[-1])
         a, b = cast(lora_a, dtype), cast(lora_b, dtype)
         hidden = scaled_product(_dropped(flat, dropout_p, seed), a.t(), scaling)
         if base.dtype == dtype:
@@ -52,34 +55,40 @@ class LoRAAddFunction(torch.autograd.Function):
         else:
             y = base + torch.mm(hidden, b.t()).to(base.dtype).view(base.shape)
         _, needs_x, needs_a, needs_b, *_ = ctx.needs_input_grad
+        both = needs_x or needs_a
         ctx.save_for_backward(
-            flat if needs_a else None,
+            x if needs_a else None,
             hidden if needs_b else None,
             seed,
             a if needs_x else None,
-            b if needs_x or needs_a else None,
+            b if both else None,
+            *((lora_a, lora_b) if both else (None, None)),
         )
-        ctx.settings = scaling, dropout_p, dtype, x.shape, x.dtype, lora_a.dtype, lora_b.dtype
-        return y
+        ctx.settings = scaling, dropout_p, x.shape, dtype, lora_a.dtype, lora_b.dtype
+        ctx.set_materialize_grads(False)
+        return (y, hidden) if Needs(needs_x, [needs_a], [needs_b]).by_hidden else (y,)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """Return the gradients of base, x, A and B."""
-        # Both wrappers cost the host as much as a product, in code that waits for the host.
-        if torch.is_grad_enabled():
-            return _once_differentiable(ctx, dy)
-        if torch.is_autocast_enabled(dy.device.type):
-            return _without_autocast(ctx, dy)
-        return _gradients(ctx, dy)
+    def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None = None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Return the gradients of base, x, A and B; dh is h's, in the backward of a backward."""
+        like = dy if dh is None else dh
+        if like is None:
+            return (None,) * 7
+        watched = dh is not None or backward_is_watched()
+        gradients = _watched_gradients if watched else _gradients
+        if not torch._C._is_any_autocast_enabled():
+            return gradients(ctx, dy, dh)
+        with torch.autocast(like.device.type, enabled=False):
+            return gradients(ctx, dy, dh)
 
 
 def _dropped(flat: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
     return flat if seed is None else dropout_ops(flat).dropout(flat, dropout_p, seed)
 
 
-def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    flat, hidden, seed, a, b = ctx.saved_tensors
-    scaling, dropout_p, dtype, x_shape, x_dtype, a_dtype, b_dtype = ctx.settings
+def _gradients(ctx: Any, dy: Any, _dh: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, hidden, seed, a, b, *_ = ctx.saved_tensors
+    scaling, dropout_p, x_shape, dtype, a_dtype, b_dtype = ctx.settings
     _, needs_x, needs_a, needs_b, *_ = ctx.needs_input_grad
     flat_dy = cast(dy, dtype).reshape(-1, dy.shape[-1])
     dx = da = db = None
@@ -88,24 +97,30 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if needs_x or needs_a:
         dh = scaled_product(flat_dy, b, scaling)
         if needs_a:
-            da = tall_product(dh, _dropped(flat, dropout_p, seed), a_dtype)
+            da = tall_product(dh, _dropped(x.view(-1, x_shape[-1]), dropout_p, seed), a_dtype)
         if needs_x:
-            dx = cast(_dropped(torch.mm(dh, a), dropout_p, seed), x_dtype).view(x_shape)
-    return dy, dx, da, db, None, None, None, None
+            dx = _dropped(torch.mm(dh, a), dropout_p, seed).view(x_shape)
+    return dy, dx, da, db, None, None, None
 
 
-def _without_autocast(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    with torch.autocast(dy.device.type, enabled=False):
-        return _gradients(ctx, dy)
-
-
-_once_differentiable = once_differentiable(_without_autocast)
+def _watched_gradients(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, hidden, seed, a, _, *adapter = ctx.saved_tensors
+    scaling, dropout_p, x_shape, dtype, *dtypes = ctx.settings
+    dx = da = db = None
+    if dy is not None:
+        flat = None if x is None else x.view(-1, x_shape[-1])
+        flat_dy, needs = cast(dy, dtype).reshape(-1, dy.shape[-1]), ctx.needs_input_grad[1:4]
+        dx, da, db = lora_gradients(flat_dy, flat, hidden, adapter, dtypes, scaling, dropout_p, seed, needs)
+    if dh is not None:
+        through = masked(dh @ a * scaling, dropout_p, seed)
+        dx = through if dx is None else dx + through
+    return dy, None if dx is None else dx.view(x_shape), da, db, None, None, None
 
 
 def add_lora(
     base: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, dropout_p: float
 ) -> Tensor:
-    """Return ``base + scaling · drop(x) Aᵀ Bᵀ``, differentiable once in all four tensors.
+    """Return ``base + scaling · drop(x) Aᵀ Bᵀ``, differentiable in all four tensors.
 
     Args:
         base: ``(..., N)``, any floating dtype; the result has it.
@@ -119,7 +134,8 @@ def add_lora(
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else base.dtype
     seed = None if dropout_p == 0.0 else torch.randint(_SEED_RANGE, (), device=x.device)
-    return LoRAAddFunction.apply(base, x, lora_a, lora_b, scaling, dropout_p, seed, dtype)
+    x = cast(x, dtype).contiguous()
+    return LoRAAddFunction.apply(base, x, lora_a, lora_b, scaling, dropout_p, seed)[0]
 
 
 def unsupported(layer: Any, adapter: str) -> str | None:
@@ -141,10 +157,10 @@ def _forward(layer: Any, x: Tensor) -> Tensor | None:
     """Return the layer's output, or None where PEFT's own forward is to serve the call."""
     if layer._disable_adapters or layer.merged_adapters or torch.compiler.is_compiling():
         return None
+    if call_is_watched() or is_foreign(x) or x.dim() == 0 or x.shape[-1] != layer.in_features:
+        return None
     adapters = _active_adapters(layer)
     if len(adapters) != 1 or unsupported(layer, adapters[0]) is not None:
-        return None
-    if torch._C._are_functorch_transforms_active() or x.dim() == 0 or x.shape[-1] != layer.in_features:
         return None
     modules = layer._modules
     dropout = modules["lora_dropout"]._modules[adapters[0]]
@@ -154,7 +170,8 @@ def _forward(layer: Any, x: Tensor) -> Tensor | None:
     if "_monteclora" in layer.__dict__ and adapters[0] in layer._monteclora:
         bank, index = layer._monteclora[adapters[0]]
         lora_a, lora_b = bank.matrices(index, lora_a, lora_b)
-    return add_lora(modules["base_layer"](x), x, lora_a, lora_b, layer.scaling[adapters[0]], p)
+    add = added if dispatch_modes() else add_lora
+    return add(modules["base_layer"](x), x, lora_a, lora_b, layer.scaling[adapters[0]], p)
 
 
 def _refuse_plain_lora(layer: Any) -> None:
@@ -189,6 +206,7 @@ if hasattr(bnb, "Linear8bitLt"):
     class FusedLora8bit(_FusedForward, bnb.Linear8bitLt):
         """PEFT's LoRA layer on an int8 base with a fused LoRA part."""
 
+    FusedLora8bit.__name__ = "Linear8bitLt"  # see `patching.FusedLoraLinear`
     FUSED_KINDS[bnb.Linear8bitLt] = FusedLora8bit
 
 if hasattr(bnb, "Linear4bit"):
@@ -196,4 +214,5 @@ if hasattr(bnb, "Linear4bit"):
     class FusedLora4bit(_FusedForward, bnb.Linear4bit):
         """PEFT's LoRA layer on a 4-bit base (nf4, fp4) with a fused LoRA part."""
 
+    FusedLora4bit.__name__ = "Linear4bit"
     FUSED_KINDS[bnb.Linear4bit] = FusedLora4bit

@@ -10,16 +10,22 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from bayeslora import monteclora_math as mm
 from bayeslora._backend import monteclora_kernels
 from bayeslora.kernels.monteclora_plan import PerturbPlan, Site
+from bayeslora.lora_twice import once
+from bayeslora.lora_watched import dispatch_modes
 from bayeslora.monteclora_options import MontecloraOptions
 from bayeslora.monteclora_terms import DrawTerms, Priors
+
+_PRIORS = "the loss in MonteCLoRA's priors"
 
 
 class Draw:
@@ -93,7 +99,7 @@ class _Perturb(torch.autograd.Function):
             d_kappa = monteclora_kernels(like.device).coefficient_gradient(
                 part.plan, part.plan.join(pieces), ctx.components, seed=part.seed, draw=ctx.draw.index
             )
-            d_priors = ctx.draw.terms.gradient(d_kappa)
+            d_priors = once(_PRIORS, ctx.draw.terms.gradient(d_kappa), [*part.prior_parameters(), *grads])
         if not all(wanted[4:]):
             grads = tuple(grad if want else None for grad, want in zip(grads, wanted[4:], strict=True))
         return None, None, None, d_priors, *grads
@@ -109,7 +115,9 @@ class _PerturbAgain(torch.autograd.Function):
         ctx.part, ctx.draw, ctx.site = part, draw, site
         ctx.dtypes = std_prior.dtype, prior.dtype
         assert draw.flat is not None
-        return part.plan.view(draw.flat, site)
+        # The forward had no operator here, and selective checkpointing counts them.
+        with _disable_current_modes() if dispatch_modes() else nullcontext():
+            return part.plan.view(draw.flat, site)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
@@ -117,7 +125,9 @@ class _PerturbAgain(torch.autograd.Function):
         d_std = d_prior = None
         if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
             d_std, d_prior = ctx.part.site_gradients(ctx.draw, ctx.site, grad)
-            d_std, d_prior = d_std.to(ctx.dtypes[0]), d_prior.to(ctx.dtypes[1])
+            sources = [*ctx.part.prior_parameters(), grad]
+            d_std = once(_PRIORS, d_std.to(ctx.dtypes[0]), sources)
+            d_prior = once(_PRIORS, d_prior.to(ctx.dtypes[1]), sources)
         return None, None, None, grad if ctx.needs_input_grad[3] else None, d_std, d_prior
 
 
@@ -126,14 +136,13 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, priors: Tensor, value: Tensor, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(gradient)
-        ctx.dtype = priors.dtype
+        ctx.save_for_backward(priors, gradient)
         return value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        (gradient,) = ctx.saved_tensors
-        return (grad * gradient).to(ctx.dtype), None, None
+        priors, gradient = ctx.saved_tensors
+        return once(_PRIORS, (grad * gradient).to(priors.dtype), (priors, grad)), None, None
 
 
 class Part:

@@ -8,6 +8,7 @@ fused forward (``lora_linear.py``) can serve it; where it cannot, PEFT's own for
 import functools
 import logging
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -16,11 +17,13 @@ import torch
 from peft.tuners.lora.layer import Linear as PeftLoraLinear
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
-from .lora_chain import chain, chain_serves
+from .lora_chain import chain, chain_serves, plain
 from .lora_group import LoraCall, LoraGroup, add_groups, remove_groups
 from .lora_linear import apply_layers
 from .lora_samples import OPEN, NotBatched, current_pass
+from .lora_watched import call_is_watched, dispatch_modes, is_foreign
 from .monteclora import attach as attach_monteclora
 from .monteclora import check_layers as check_monteclora
 from .monteclora import detach as detach_monteclora
@@ -64,9 +67,17 @@ class FusedLoraLinear(PeftLoraLinear):
     def __setstate__(self, state: Any) -> None:
         """Restore a copied or unpickled layer; it joins the copy of its group."""
         super().__setstate__(state)
+        _fused_layers.add(self)
         if "_lora_group" in self.__dict__:
             group, index = self.__dict__["_lora_group"]
             group.join(index, self)
+
+
+_fused_layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""All there are, copies too: with the last of them inductor's pass goes."""
+
+# What PEFT's tools print, and others filter on. Pickles go by ``__qualname__``.
+FusedLoraLinear.__name__ = PeftLoraLinear.__name__
 
 
 @functools.cache
@@ -158,12 +169,18 @@ def _unsupported_parts(layer: Any, adapter: str) -> str | None:
     )
 
 
-def _served_call(layer: Any, x: Tensor) -> LoraCall | None:  # noqa: PLR0911 - flat: see below
+def _served_call(layer: Any, x: Tensor) -> LoraCall | None:
+    """Return all that ``layer(x)`` depends on, or None where PEFT's own forward is to serve the call."""
+    return None if call_is_watched() else _unwatched_call(layer, x)
+
+
+def _unwatched_call(layer: Any, x: Tensor, dtype: torch.dtype | None = None) -> LoraCall | None:  # noqa: PLR0911 - flat: see below
     """Return all that ``layer(x)`` depends on, or None where PEFT's own forward is to serve the call.
 
     Served is a layer with one active adapter of which `_unsupported` knows no fault, unmerged, and an input
     that fits it; PEFT's forward reports what is wrong with any other. Everything is asked at every call,
     by a host that a GPU may be waiting for: so one flat function, of few calls, over modules' dictionaries.
+    ``dtype`` is what another layer computes in that reads x as well.
     """
     if layer._disable_adapters or layer.merged_adapters:
         return None
@@ -203,9 +220,10 @@ def _served_call(layer: Any, x: Tensor) -> LoraCall | None:  # noqa: PLR0911 - f
         return None
     if a_tensors["bias"] is not None or b_tensors["bias"] is not None or type(scaling) not in _NUMBERS:
         return None
-    dtype = _dtype_of_call(layer, x, weight)
-    if dtype is None:
-        return None
+    if dtype is not weight.dtype or layer.in_features != x.shape[-1]:
+        dtype = _dtype_of_call(layer, x, weight)
+        if dtype is None:
+            return None
     if drawn is not None:
         lora_a, lora_b = drawn[0].matrices(drawn[1], lora_a, lora_b)
     dropout_p = dropout.p if has_dropout and dropout.training else 0.0
@@ -214,7 +232,7 @@ def _served_call(layer: Any, x: Tensor) -> LoraCall | None:  # noqa: PLR0911 - f
 
 def _dtype_of_call(layer: Any, x: Tensor, weight: Tensor) -> torch.dtype | None:
     """Return the dtype that ``layer(x)`` is computed in, or None for an input that does not fit the layer."""
-    if not isinstance(x, Tensor) or torch._C._are_functorch_transforms_active():
+    if is_foreign(x):
         return None
     shape = x.shape
     if not shape or shape[-1] != layer.in_features:
@@ -227,10 +245,11 @@ def _dtype_of_call(layer: Any, x: Tensor, weight: Tensor) -> torch.dtype | None:
     return dtype if dtype == weight.dtype else None
 
 
-def _sibling_call(layer: nn.Module, x: Tensor) -> LoraCall | None:
+def _sibling_call(layer: nn.Module, x: Tensor, dtype: torch.dtype) -> LoraCall | None:
     """Return what a plain call ``layer(x)`` would compute, or None if the fused forward would not serve it.
 
-    Hooks that may replace the input count as not served; those that see the output are called with it.
+    ``dtype`` is what its sibling computes in. Hooks that may replace the input count as not served; those
+    that see the output are called with it.
     """
     if type(layer) is not FusedLoraLinear:
         return None
@@ -239,13 +258,16 @@ def _sibling_call(layer: nn.Module, x: Tensor) -> LoraCall | None:
         return None
     if "forward" in own or (OPEN.any and _is_sampled(layer)):
         return None
-    return _served_call(layer, x)
+    return _unwatched_call(layer, x, dtype)
 
 
 def _fused_forward(layer: PeftLoraLinear, x: Tensor, call: LoraCall) -> Tensor:
-    if chain_serves(x, call):
+    compiling = is_compiling()
+    if not compiling and dispatch_modes():
+        return plain(x, call)
+    if chain_serves(x, call, compiling):
         return chain(x, call)
-    if "_lora_group" in layer.__dict__ and not torch.compiler.is_compiling():
+    if "_lora_group" in layer.__dict__ and not compiling:
         group: LoraGroup
         group, index = layer.__dict__["_lora_group"]
         y = group.output(index, layer, x, call, _sibling_call)
@@ -358,9 +380,11 @@ def patch(model: _Model, adapter_name: str | None = None) -> _Model:
 
     A layer uses PEFT's own forward whenever the call is one that the fused forward does not cover: merged
     or disabled adapters, several active adapters, ``adapter_names`` batches, DoRA and other variants, a
-    bias in the adapter, hooks on the layer's submodules, a trainable base layer, the copies that
-    ``nn.DataParallel`` makes (one log line says so then). Of a quantized base layer PEFT's forward is kept
-    too, but for bitsandbytes', where the base product stays theirs and the LoRA part is fused
+    bias in the adapter, hooks on the layer's submodules or on all modules, a trainable base layer, the copies
+    that ``nn.DataParallel`` makes (one log line says so then), ``torch.func``, forward-mode derivatives,
+    ``torch.jit.trace``, modes that replace functions, tensors with operators of their own. Under a dispatch
+    mode (selective checkpointing) torch's own operators serve. Of a quantized base layer PEFT's forward is
+    kept too, but for bitsandbytes', where the base product stays theirs and the LoRA part is fused
     (``lora_quantized.py``). Logs one line, at INFO to the logger "bayeslora", that says how many layers were
     patched and how many were left and why.
 
@@ -393,6 +417,7 @@ def patch(model: _Model, adapter_name: str | None = None) -> _Model:
         reason = _reason_to_leave(layer, adapter_name)
         if reason is None:
             layer.__class__ = _fused_kind(type(layer))  # type: ignore[assignment]
+            _fused_layers.add(layer)  # type: ignore[arg-type]
         else:
             left[reason] += 1
     add_groups(model, FusedLoraLinear)
@@ -416,7 +441,10 @@ def _group_compiled_layers() -> None:
 
 
 def unpatch(model: _Model) -> _Model:
-    """Give every layer that `patch` changed its own class back, in place; return ``model`` itself."""
+    """Give every layer that `patch` changed its own class back, in place; return ``model`` itself.
+
+    With the last patched layer of the process inductor's pass goes as well.
+    """
     remove_groups(model)
     detach_monteclora(model)
     for module in model.modules():
@@ -424,4 +452,7 @@ def unpatch(model: _Model) -> _Model:
             module.__class__ = PeftLoraLinear  # type: ignore[assignment]
         elif type(module).__module__ == "bayeslora.lora_quantized":
             module.__class__ = type(module).__bases__[-1]  # type: ignore[assignment]
+        _fused_layers.discard(module)
+    if not _fused_layers and (graph_pass := sys.modules.get("bayeslora.lora_graph_pass")) is not None:
+        graph_pass.remove()
     return model

@@ -73,6 +73,26 @@ def _assert_alike(got, want, **tolerance):
         torch.testing.assert_close(value, expected, **(tolerance or CLOSE))
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_second_derivatives_are_right_or_refused(dropout_p, backend, device, monkeypatch):
+    """A backend that leaves the backward to torch gets them; AOTAutograd, inductor's too, has none."""
+    monkeypatch.setattr("bayeslora.patching.chain_serves", lambda *_: False)
+    model = _adapted(nn.Sequential(nn.Linear(6, 5)), ["0"], device, lora_dropout=dropout_p).double()
+    x = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(device)
+
+    def hessian(call):
+        torch.manual_seed(3)
+        return torch.autograd.functional.hessian(lambda x: call(x).square().sum(), x)
+
+    compiled = torch.compile(model, backend=backend)
+    if backend == "eager":
+        torch.testing.assert_close(hessian(compiled), hessian(model))
+    else:
+        with pytest.raises(RuntimeError, match="does not currently support double backward"):
+            hessian(compiled)
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 @pytest.mark.parametrize("build", [_llama, _gpt2])
 def test_a_model_compiles_into_one_graph(build, dropout_p, device):

@@ -1,8 +1,10 @@
 """Layers that read one tensor become one node of a compiled graph, and compute what they did apart."""
 
 import copy
+import gc
 import operator
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._inductor import config
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bayeslora import lora_graph_pass, lora_ops, patch
+import bayeslora
+from bayeslora import lora_graph_pass, lora_ops, patch, patching
 
 GROUPED = (
     torch.ops.bayeslora.lora_linear_group.default,
@@ -84,7 +87,7 @@ class Counted:
 @pytest.fixture
 def one_node_a_layer(monkeypatch):
     """Compiled layers are operators at any size; small ones would be torch's own operators."""
-    monkeypatch.setattr("bayeslora.patching.chain_serves", lambda x, call: False)
+    monkeypatch.setattr("bayeslora.patching.chain_serves", lambda *_: False)
 
 
 @pytest.mark.parametrize("how", ["one dtype", "fp32 adapters", "checkpointed"])
@@ -394,7 +397,26 @@ def test_a_torch_without_a_place_for_the_pass_is_patched_all_the_same(device, mo
 
     monkeypatch.setattr(lora_graph_pass, "install", absent)
     model = _llama(device)
-    assert type(model.base_model.model.model.layers[0].mlp.up_proj).__name__ == "FusedLoraLinear"
+    assert type(model.base_model.model.model.layers[0].mlp.up_proj) is patching.FusedLoraLinear
+
+
+def test_the_last_unpatch_gives_inductors_place_back(device, monkeypatch):
+    monkeypatch.setattr(patching, "_fused_layers", weakref.WeakSet())
+    with config.patch(post_grad_custom_pre_pass=None):
+        first, second, third = (_llama(device) for _ in range(3))
+        twin = copy.deepcopy(first)
+        del second  # collected: as good as unpatched
+        gc.collect()
+        for model in (first, third):
+            bayeslora.unpatch(model)
+            assert config.post_grad_custom_pre_pass is lora_graph_pass._PASS
+        bayeslora.unpatch(twin)
+        assert config.post_grad_custom_pre_pass is None
+        bayeslora.patch(first)
+        assert config.post_grad_custom_pre_pass is lora_graph_pass._PASS
+        config.post_grad_custom_pre_pass = len
+        bayeslora.unpatch(first)
+        assert config.post_grad_custom_pre_pass is len
 
 
 @pytest.mark.skipif(

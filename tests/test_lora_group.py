@@ -543,13 +543,63 @@ def test_one_mask_for_a_group_and_a_fresh_one_for_each_call(device):
     assert not torch.allclose(patched(_x(device))[0], q, **CLOSE)
 
 
-@pytest.mark.parametrize("part", range(3))
-def test_differentiating_twice_is_an_error(part, device):
+@pytest.mark.parametrize("parts", [(0,), (2,), (0, 1), (0, 1, 2)], ids=str)
+def test_second_derivatives(parts, device, sizes):
+    """Also where the loss does not depend on every output of the call."""
+    patched, plain = (model.double() for model in _pair(device))
+    x = _x(device).double().requires_grad_()
+    results = []
+    for model in (patched, plain):
+        outputs = model(x)
+        adapters = [p for n, p in model.named_parameters() if "lora_" in n]
+        loss = sum(outputs[part].square().sum() for part in parts)
+        first = torch.autograd.grad(loss, [x, *adapters], create_graph=True, materialize_grads=True)
+        norm = sum(gradient.square().sum() for gradient in first)
+        results.append([*first, *torch.autograd.grad(norm, [x, *adapters], materialize_grads=True)])
+    assert sizes == [3]
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)], ids=str)
+@pytest.mark.parametrize("retain_graph", [False, True])
+def test_outputs_differentiated_in_separate_backward_passes(retain_graph, order, device, sizes):
+    """Under PEFT each pass frees a graph of its own; here the outputs share one node."""
+    results = []
+    for model in _pair(device):
+        x = _x(device).requires_grad_()
+        outputs = model(x)
+        for part in order:
+            outputs[part].square().sum().backward(retain_graph=retain_graph)
+        if retain_graph:
+            outputs[order[0]].square().sum().backward()
+        with pytest.raises(RuntimeError, match="second time"):
+            outputs[order[0]].sum().backward()
+        results.append([x.grad, *(p.grad for n, p in model.named_parameters() if "lora_" in n)])
+    assert sizes == [3]
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, **CLOSE)
+
+
+def test_a_change_in_place_between_two_backward_passes_is_an_error(device, sizes):
     patched, _ = _pair(device)
-    x = _x(device).requires_grad_()
-    (dx,) = torch.autograd.grad(patched(x)[part].square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"cannot be differentiated twice.*unpatch"):
-        dx.sum().backward()
+    q, k, _ = patched(_x(device).requires_grad_())
+    q.sum().backward()
+    with torch.no_grad():
+        _block(patched).k_proj.lora_B["default"].weight.add_(1.0)
+    with pytest.raises(RuntimeError, match="second time"):
+        k.sum().backward()
+    assert sizes == [3]
+
+
+def test_what_is_kept_for_another_backward_pass_is_freed_with_the_last(device):
+    patched, _ = _pair(device)
+    outputs = patched(_x(device).requires_grad_())
+    node = outputs[0].grad_fn
+    outputs[1].sum().backward()
+    assert node.kept is not None
+    (outputs[0].sum() + outputs[2].sum()).backward()
+    assert node.kept is None
 
 
 def _layers(dtype, device, adapter_dtype, k=63):

@@ -17,6 +17,7 @@ from peft import (
 from peft.tuners.lora.layer import Linear as PeftLoraLinear
 from scipy import stats
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 import bayeslora
 from bayeslora import lora_group, lora_linear
@@ -691,3 +692,63 @@ def test_a_module_that_is_no_peft_model_can_be_patched():
     block = nn.Sequential(inner)
     with pytest.raises(ValueError, match="no MonteCLoRA layers"):
         bayeslora.monteclora_loss(block)
+
+
+# ---- what follows operators --------------------------------------------------------------------
+
+
+def _hessian_times_one(model):
+    """Of the loss in the adapters; by attention that has a second derivative."""
+    model.base_model.model.set_attn_implementation("eager")
+    matrices = [p for n, p in model.named_parameters() if "lora_A" in n or "lora_B" in n]
+    first = torch.autograd.grad(model(**BATCH).loss, matrices, create_graph=True)
+    return torch.autograd.grad(sum(gradient.sum() for gradient in first), matrices)
+
+
+def test_second_derivatives_in_the_adapters():
+    """They are those of plain LoRA at the matrices that were drawn."""
+    model, plain = patched_model(), peft_model().eval()
+    got = _hessian_times_one(model)
+    part, parameters = bank_of(model).parts[0], dict(plain.named_parameters())
+    names = {id(p): n for n, p in model.named_parameters()}
+    for site, drawn in enumerate(part.plan.views(part.current.flat)):
+        parameters[names[id(part.matrix(site))]].data.copy_(drawn)
+    for value, want in zip(got, _hessian_times_one(plain), strict=True):
+        torch.testing.assert_close(value, want, **CLOSE)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("of", ["task", "variational loss"])
+def test_second_derivatives_in_the_priors_are_an_error(of, checkpointed):
+    model = patched_model()
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    priors = [p for n, p in model.named_parameters() if n.endswith("std_prior")]
+    task = model(**BATCH).loss
+    loss = task if of == "task" else bayeslora.monteclora_loss(model)
+    first = torch.autograd.grad(loss, priors, create_graph=True)
+    with pytest.raises(RuntimeError, match="MonteCLoRA's priors cannot be differentiated twice"):
+        sum(gradient.sum() for gradient in first).backward()
+
+
+def test_selective_checkpointing_repeats_the_noise():
+    def keep_products(_context, operator, *_arguments, **_keywords):
+        kept = operator is torch.ops.aten.mm.default
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    model = patched_model()
+    model.enable_input_require_grads()
+    results = [_step(model)]
+    model.gradient_checkpointing_enable(
+        {"use_reentrant": False, "context_fn": lambda: create_selective_checkpoint_contexts(keep_products)}
+    )
+    bank = bank_of(model)
+    bank._draws = 0
+    for part in bank.parts:
+        part.counter.zero_()
+    results.append(_step(model))
+    assert results[1][0] == pytest.approx(results[0][0].item(), rel=1e-5)
+    assert results[1][1].keys() == results[0][1].keys()
+    for name, value in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], value, **CLOSE)

@@ -324,6 +324,14 @@ def test_copies_stay_patched_and_share_nothing(via, device, fused_calls):
     torch.testing.assert_close(_logits(patched), _logits(plain), **CLOSE)
 
 
+def test_pefts_tools_say_what_they_say_of_the_unpatched_model(device):
+    patched, plain = _pair(device)
+    assert patched.get_layer_status() == plain.get_layer_status()
+    assert patched.get_model_status() == plain.get_model_status()
+    assert repr(patched) == repr(plain)
+    assert {type(m).__name__ for m in patched.modules()} == {type(m).__name__ for m in plain.modules()}
+
+
 def test_hooks_on_the_layer_fire_and_it_stays_fused(device, fused_calls):
     patched, _ = _pair(device)
     layer, seen = _some_layer(patched), []

@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.lora.layer import Linear as PeftLoraLinear
 from tiny_lm import make_model
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import bayeslora
@@ -72,7 +73,7 @@ def test_outputs_and_gradients_are_pefts(kind, base_folder, device, caplog):
     with caplog.at_level(logging.INFO, "bayeslora"):
         patch(model)
     assert caplog.messages[-1] == "patched 14 of 14 LoRA layers"
-    classes = {type(m).__name__ for m in model.modules() if "lora" in type(m).__module__}
+    classes = {type(m).__qualname__ for m in model.modules() if "lora" in type(m).__module__}
     assert {"int8": "FusedLora8bit", "nf4": "FusedLora4bit"}[kind] in classes
     assert patch(model) is model  # again: nothing changes
     # int8 rounds activations: on the GPU its own products are not exact either.
@@ -127,6 +128,55 @@ def test_the_dropped_gradient_is_that_of_the_mask(device):
         return add_lora(*args, scaling=0.5, dropout_p=0.4)
 
     assert torch.autograd.gradcheck(same_mask, (base, x, a, b))
+
+
+@pytest.mark.parametrize("frozen", ["nothing", "x", "A", "B"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_second_derivatives(frozen, dropout_p, device):
+    """Through A where x is a function of it, as in any model, and where the loss is linear in the output."""
+    pytest.importorskip("bitsandbytes")
+    from bayeslora.lora_quantized import add_lora
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"base": (5, 3), "x": (5, 7), "A": (2, 7), "B": (3, 2)}
+    leaves = [
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(device).requires_grad_(name != frozen)
+        for name, shape in shapes.items()
+    ]
+
+    def same_mask(base, x, a, b):
+        torch.manual_seed(4)
+        return add_lora(base, x.square(), a, b, scaling=0.5, dropout_p=dropout_p)
+
+    assert torch.autograd.gradgradcheck(same_mask, leaves)
+
+
+def test_a_mode_and_hooks_on_all_modules_see_torchs_operators(base_folder, device):
+    model = patch(_model(base_folder, "int8", device))
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    layer = model.get_submodule(name)
+    with torch.no_grad():
+        x = torch.randn(2, layer.in_features, device=device)
+        want, seen = layer(x), []
+        handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module)))
+        try:
+            hooked = layer(x)
+        finally:
+            handle.remove()
+        with FlopCounterMode(display=False) as counter:
+            counted = layer(x)
+    assert seen.count(nn.Linear) == 2  # A and B
+    assert counter.get_total_flops() >= 2 * 2 * 4 * (layer.in_features + layer.out_features)
+    tolerance = 1e-5 if device.type == "cpu" else 2e-2
+    _assert_close({"hooked": hooked, "counted": counted}, {"hooked": want, "counted": want}, tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pefts_tools_see_pefts_names(kind, base_folder, device):
+    model = _model(base_folder, kind, device)
+    want = [(status.name, status.module_type) for status in model.get_layer_status()]
+    patch(model)
+    assert [(status.name, status.module_type) for status in model.get_layer_status()] == want
 
 
 @pytest.mark.parametrize("kind", KINDS)
