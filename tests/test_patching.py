@@ -565,7 +565,7 @@ def test_adapters_of_transformers_own_integration(device):
     try:
         check_peft_version(MIN_PEFT_VERSION)
     except ValueError:
-        pytest.skip(f"transformers' own add_adapter asks for peft {MIN_PEFT_VERSION}, here is {peft.__version__}")
+        pytest.skip(f"transformers' own add_adapter asks for peft {MIN_PEFT_VERSION}, not {peft.__version__}")
     torch.manual_seed(0)
     model = _llama()
     model.add_adapter(LoraConfig(r=3, target_modules=["q_proj"]), "mine")
