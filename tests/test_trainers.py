@@ -20,7 +20,7 @@ from transformers import (
 
 from bayeslora import IVON, Posterior, PosteriorCallback, patch
 
-pytestmark = pytest.mark.usefixtures("one_gpu")
+pytestmark = pytest.mark.usefixtures("one_gpu", "fresh_accelerate")
 
 STEPS, WARMUP, ACCUMULATION, CLIP = 6, 2, 2, 0.05
 IVON_SETTINGS = {"lr": 0.1, "ess": 1e3, "hess_init": 0.1, "seed": 3}
