@@ -40,49 +40,47 @@ def pins() -> dict[str, str]:
     return dict(line.split("==") for line in lines if not line.startswith("#"))
 
 
-def install(folder: Path, *arguments: str) -> None:
-    """Run pip in the environment."""
-    subprocess.run([folder / "bin" / "python", "-m", "pip", "install", "--quiet", *arguments], check=True)
+def pip(folder: Path, *words: str) -> str:
+    """Run pip in the environment; return what it printed."""
+    command = [folder / "bin" / "python", "-m", "pip", *words]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def make(kind: str, folder: Path) -> None:
     """Make one of the three environments."""
     venv.create(folder, with_pip=True)
-    least = lower_bounds()
-    torch, versions, extra = {
-        "exact": ("torch", ["-c", str(CONSTRAINTS)], "dev"),
-        "minimum": (f"torch=={least['torch']}", [f"{name}=={least[name]}" for name in least], "test"),
-        "newest": ("torch", [], "test"),
+    if kind == "newest":  # chosen together with the rest, an older torch may be taken for another's sake
+        pip(folder, "install", "--quiet", "torch")
+    versions = {
+        "exact": ["-c", str(CONSTRAINTS)],
+        "minimum": [f"{name}=={version}" for name, version in lower_bounds().items()],
+        "newest": [],
     }[kind]
-    # torch first: chosen together with the rest, an older one may be taken for the sake of another package.
-    install(folder, torch, *(versions if kind == "exact" else []))
-    install(folder, *versions, "-e", f"{ROOT}[{extra}]")
+    extra = "dev" if kind == "exact" else "test"
+    pip(folder, "install", "--quiet", *versions, "-e", f"{ROOT}[{extra}]")
 
 
 def freeze(folder: Path) -> None:
     """Write constraints.txt from an environment."""
-    command = [folder / "bin" / "python", "-m", "pip", "list", "--format=freeze", "--exclude=pip"]
-    listed = subprocess.run([*command, "--exclude=bayeslora"], check=True, capture_output=True, text=True).stdout
+    listed = pip(folder, "list", "--format=freeze", "--exclude=pip", "--exclude=bayeslora")
     lines = [line.partition("+")[0] for line in listed.splitlines()]  # without "+cpu", which no index names
     head = "# Written by `python tests/environments.py freeze`: the versions that the tests passed with.\n"
     CONSTRAINTS.write_text(head + "\n".join(lines) + "\n")
 
 
-def test_triton(folder: Path) -> None:
+def with_every_triton(folder: Path) -> None:
     """Run the tests of what depends on Triton's insides with every release, each from an empty cache."""
-    python = folder / "bin" / "python"
-    command = [python, "-m", "pip", "index", "versions", "triton"]
-    listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    listed = pip(folder, "index", "versions", "triton")
     releases = re.search(r"Available versions: (.*)", listed)[1].split(", ")
     least = _numbers(lower_bounds()["triton"])
     for release in sorted((r for r in releases if _numbers(r) >= least), key=_numbers):
         with tempfile.TemporaryDirectory() as target, tempfile.TemporaryDirectory() as cache:
-            install(folder, "--no-deps", f"--target={target}", f"triton=={release}")
+            pip(folder, "install", "--quiet", "--no-deps", f"--target={target}", f"triton=={release}")
             sys.stdout.write(f"Triton {release}\n")
             sys.stdout.flush()
             paths = {"PYTHONPATH": f"{target}{os.pathsep}{ROOT}", "TRITON_CACHE_DIR": cache}
-            files = ["test_launch.py", "test_kernels_compile.py"]
-            command = [folder / "bin" / "pytest", "-q", *(ROOT / "tests" / file for file in files)]
+            files = [ROOT / "tests" / name for name in ("test_launch.py", "test_kernels_compile.py")]
+            command = [folder / "bin" / "pytest", "-q", "-n", "0", *files]
             subprocess.run(command, check=True, cwd=ROOT, env=os.environ | paths)
 
 
@@ -97,6 +95,6 @@ if __name__ == "__main__":
         case ["freeze", folder]:
             freeze(Path(folder))
         case ["triton", folder]:
-            test_triton(Path(folder))
+            with_every_triton(Path(folder))
         case _:
             sys.exit(__doc__)
