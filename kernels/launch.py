@@ -17,7 +17,6 @@ import inspect
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from functools import cache
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -27,8 +26,6 @@ import triton
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
-
-from .interpreter import language_kept
 
 _logger = logging.getLogger("bayeslora")
 
@@ -201,8 +198,7 @@ class Launcher:
             if args[position] is not None
         }
         given = [mapped.get(position, arg) for position, arg in enumerate(args)]
-        with nullcontext() if isinstance(self._kernel, JITFunction) else language_kept():
-            compiled = _dissect(self._kernel[tuple(grid)](*given, **self._keywords))
+        compiled = _dissect(self._kernel[tuple(grid)](*given, **self._keywords))
         if mapped and compiled is not None and compiled.make_map is None and launches_directly():
             _warn_of_slow_launches("makes tensor maps")
         return compiled

@@ -9,7 +9,6 @@ import triton.language as tl
 from scipy import stats
 
 from bayeslora.kernels import noise_twin
-from bayeslora.kernels.launch import Launcher
 from bayeslora.kernels.noise import interleave4, philox4x, randn_block
 
 # Known-answer vectors of Philox4x32-10, from the Random123 distribution: key, counter, words.
@@ -62,7 +61,7 @@ def _randn_kernel(out_ptr, numel, seed, draw, stream, first_group, BLOCK: tl.con
 
 def _randn(numel, seed, draw, stream, device, first_group=0, block=256, programs=7, dtype=torch.float32):
     out = torch.full((numel,), float("nan"), device=device, dtype=dtype)
-    Launcher(_randn_kernel, {"BLOCK": block})((programs,), out, numel, seed, draw, stream, first_group)
+    _randn_kernel[(programs,)](out, numel, seed, draw, stream, first_group, BLOCK=block)
     return out
 
 
@@ -73,7 +72,7 @@ def test_philox_known_answers(key, counter, words, device):
     out = torch.zeros(4, dtype=torch.int64, device=device)
     packed = key[0] | key[1] << 32
     seed = torch.tensor([packed - (1 << 64) if packed >= 1 << 63 else packed], device=device)
-    Launcher(_philox_kernel, {})((1,), seed, torch.tensor(counter, dtype=torch.int64, device=device), out)
+    _philox_kernel[(1,)](seed, torch.tensor(counter, dtype=torch.int64, device=device), out)
     assert tuple(out.tolist()) == words
 
 
@@ -84,7 +83,7 @@ def test_philox_known_answers(key, counter, words, device):
 def test_words_agree_with_twin_bit_for_bit(seed, draw, stream, first_group, device):
     numel = 1023
     out = torch.full((numel,), -1, dtype=torch.int64, device=device)
-    Launcher(_words_kernel, {"BLOCK": 128})((8,), out, numel, seed, draw, stream, first_group)
+    _words_kernel[(triton.cdiv(numel, 128),)](out, numel, seed, draw, stream, first_group, BLOCK=128)
     twin = noise_twin.random_words(numel, seed=seed, draw=draw, stream=stream, offset=4 * first_group)
     assert torch.equal(out.cpu(), twin)
 
