@@ -1,7 +1,6 @@
 """Kernels run compiled on a GPU where there is one, else on CPU through Triton's interpreter."""
 
 import os
-from importlib.metadata import version
 from importlib.util import find_spec
 
 import numpy as np
@@ -17,8 +16,11 @@ torch.set_num_threads(1)  # the models are tiny: threads only wait for each othe
 
 
 def pytest_configure():
-    interpreter = version("triton") if "TRITON_INTERPRET" in os.environ and find_spec("triton") else ""
-    if interpreter.startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+    if "TRITON_INTERPRET" not in os.environ or find_spec("triton") is None:
+        return
+    import triton
+
+    if triton.__version__.startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
         raise pytest.UsageError(
             "Triton 3.6's interpreter cannot run with NumPy 2.4: pip install 'numpy<2.4' or 'triton>=3.7'"
         )
