@@ -60,4 +60,10 @@ def info() -> None:
     facts["kernels"] = (
         "Triton, compiled for this GPU" if triton else "plain-torch twins of the Triton kernels"
     )
+    if triton:
+        from .kernels.launch import launches_directly
+
+        facts["launches"] = (
+            "direct" if launches_directly() else "through Triton's Python, slower: needs Triton 3.6 to 3.9"
+        )
     Console().print(pairs_table(facts))

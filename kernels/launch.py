@@ -8,12 +8,13 @@ Triton's specialisation, repeated here as a finer key: an integer by whether it 
 fits 32 or 64 bits; a pointer by its dtype and whether it is 16-byte aligned; None as a constant.
 
 The direct call is not public API. It is taken where Triton's own ``JITFunction.run`` makes it in the same
-words, and never under the interpreter, on other vendors' GPUs, or while a profiler has hooked launches;
-there every launch is an ordinary one.
+words, which Triton 3.6 to 3.9 do. With another one every launch is an ordinary one, and a warning says so.
+So is every launch under the interpreter, on other vendors' GPUs, and while a profiler has hooked them.
 """
 
 import copy
 import inspect
+import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -25,6 +26,8 @@ import triton
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+_logger = logging.getLogger("bayeslora")
 
 _KEPT = 4096  # specialisations, or tensor maps, that are kept before they are gathered anew
 _KEPT_ADDRESSES = 256  # tensor maps of one planned argument
@@ -69,6 +72,7 @@ class Launcher:
         blocks: name of a parameter -> block shape: the tensor given for it becomes a TMA descriptor.
             Tensor maps are kept by address, shape and strides.
         options: ``num_warps``, ``num_stages``, ``maxnreg``, ``launch_pdl``, ``launch_cooperative_grid`` ...
+            Products are fused with the sums they go into, which Triton 3.10 would no longer do unasked.
 
     Raises:
         ValueError: ``constants`` are not the kernel's last parameters, or ``blocks`` names no other one.
@@ -90,7 +94,7 @@ class Launcher:
         if unknown := set(blocks or ()) - set(names[: self._num_args]):
             raise ValueError(f"blocks must name runtime parameters of the kernel, got {sorted(unknown)}")
         self._kernel = kernel
-        self._keywords = {**constants, **options}
+        self._keywords = {**constants, "enable_fp_fusion": True, **options}
         self._constants = tuple(constants[name] for name in trailing)
         self._blocks = {names.index(name): list(block) for name, block in (blocks or {}).items()}
         self._compiled: dict[Any, _Compiled] = {}
@@ -130,7 +134,7 @@ class Launcher:
     @property
     def direct(self) -> bool:
         """Whether a launch may be made directly now."""
-        return isinstance(self._kernel, JITFunction) and _convention_known() and not _hooked(self._kernel)
+        return isinstance(self._kernel, JITFunction) and launches_directly() and not _hooked(self._kernel)
 
     def bind(self, grid: Sequence[int], *args: Any) -> Callable[[], None]:
         """Return a function that makes this launch again and again, at almost no cost.
@@ -188,11 +192,16 @@ class Launcher:
 
     def _launch_plainly(self, grid: Sequence[int], args: Sequence[Any]) -> _Compiled | None:
         """Launch through Triton; return what a direct launch needs, if it is to be had."""
-        given = list(args)
-        for position, block in self._blocks.items():
-            if args[position] is not None:
-                given[position] = TensorDescriptor.from_tensor(args[position], block)
-        return _dissect(self._kernel[tuple(grid)](*given, **self._keywords))
+        mapped = {
+            position: TensorDescriptor.from_tensor(args[position], block)
+            for position, block in self._blocks.items()
+            if args[position] is not None
+        }
+        given = [mapped.get(position, arg) for position, arg in enumerate(args)]
+        compiled = _dissect(self._kernel[tuple(grid)](*given, **self._keywords))
+        if mapped and compiled is not None and compiled.make_map is None and launches_directly():
+            _warn_of_slow_launches("makes tensor maps")
+        return compiled
 
     def _arguments(self, compiled: _Compiled, args: Sequence[Any], values: list[Any]) -> list[Any]:
         """Return what the compiled kernel is called with: addresses, numbers, tensor maps, constants."""
@@ -424,13 +433,28 @@ def _hooked(kernel: Any) -> bool:
 
 
 @cache
-def _convention_known() -> bool:
-    """Whether Triton launches what it compiled by the call that ``_run`` makes."""
+def launches_directly() -> bool:
+    """Return whether Triton launches what it compiled by the call that ``_run`` makes; log once if not."""
+    if torch.version.hip is not None:
+        return False
     try:
         source = inspect.getsource(JITFunction.run)
     except (OSError, TypeError):
-        return False
-    return torch.version.hip is None and hasattr(triton, "knobs") and _CALL in " ".join(source.split())
+        source = ""
+    known = hasattr(triton, "knobs") and _CALL in " ".join(source.split())
+    if not known:
+        _warn_of_slow_launches("launches kernels")
+    return known
+
+
+@cache
+def _warn_of_slow_launches(what: str) -> None:
+    _logger.warning(
+        "Triton %s %s in a way that bayeslora does not know (it knows Triton 3.6 to 3.9): every launch goes "
+        "through Triton's Python and takes tens of microseconds longer",
+        triton.__version__,
+        what,
+    )
 
 
 def _dissect(compiled: Any) -> _Compiled | None:

@@ -11,11 +11,11 @@ TOKENS = torch.randint(3, VOCABULARY, (4, 8), generator=torch.Generator().manual
 BATCH = {"input_ids": TOKENS, "labels": TOKENS}
 
 
-def tiny_llama():
+def tiny_llama(hidden_size=32):
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
-            hidden_size=32,
+            hidden_size=hidden_size,
             intermediate_size=48,
             num_hidden_layers=2,
             num_attention_heads=4,

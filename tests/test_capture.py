@@ -252,6 +252,7 @@ def test_a_group_added_later_is_cleared_and_clipped():
     assert all(map(torch.equal, *runs))
 
 
+@pytest.mark.usefixtures("fresh_accelerate")
 def test_ivon_may_be_wrapped_by_accelerate(device):
     from accelerate import Accelerator
 

@@ -9,7 +9,7 @@ from tiny_lm import review_rows, save_tiny
 from typer.testing import CliRunner
 
 import bayeslora
-from bayeslora import cli
+from bayeslora import cli, cli_app
 from bayeslora.cli_app import app
 
 TEMPLATE = r"Review: {question}\nSentiment:"
@@ -74,6 +74,15 @@ def test_info_names_versions_and_kernels(capsys):
     for word in ("peft", "transformers", "triton", "gpu", "kernels"):
         assert word in out
     assert ("Triton, compiled" in out) == torch.cuda.is_available()
+
+
+@pytest.mark.parametrize(("direct", "words"), [(True, "direct"), (False, "needs Triton 3.6 to 3.9")])
+def test_info_says_how_kernels_are_launched(direct, words, monkeypatch, capsys):
+    launch = pytest.importorskip("bayeslora.kernels.launch", reason="Triton is not installed")
+    monkeypatch.setattr(cli_app, "uses_triton", lambda _: True)
+    monkeypatch.setattr(launch, "launches_directly", lambda: direct)
+    assert cli.main(["info"]) == 0
+    assert re.search(rf"launches +.*{words}", capsys.readouterr().out)
 
 
 def test_finetune_writes_a_run_with_its_measurements(run):

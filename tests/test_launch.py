@@ -1,10 +1,12 @@
 """The launcher: the same launches as Triton's own, by the compiled kernel, with a driver that only records.
 
 Kernels are compiled for Hopper (no GPU is needed for that); launching is Triton's own Python down to the
-call into C, which is replaced.
+call into C, which is replaced. `python tests/environments.py triton FOLDER` runs these tests with every
+release of Triton that pyproject.toml admits.
 """
 
 import types
+import unittest.mock
 
 import pytest
 import torch
@@ -19,6 +21,9 @@ from bayeslora.kernels import launch as launch_module
 from bayeslora.kernels.launch import Launcher, Plans
 
 STREAM = 77
+PATCHED = (tl, tl.core, tl.math, tl.tensor, tl.dtype, tl.condition, tl.core.tensor_descriptor_base)
+LANGUAGE = [(place, dict(vars(place))) for place in PATCHED]  # before any kernel was interpreted
+BUILT_CALL = hasattr(nvidia, "make_launcher")
 
 
 def _scale(out_ptr, x_ptr, n, factor, BLOCK: tl.constexpr, TWICE: tl.constexpr):
@@ -32,6 +37,10 @@ def _copy_tile(out_ptr, x_desc, other_desc, row, BLOCK: tl.constexpr):
     if other_desc is not None:
         tile += other_desc.load([row, 0])
     tl.store(out_ptr + tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :], tile)
+
+
+def _sum(out_ptr, x_ptr, BLOCK: tl.constexpr):
+    tl.store(out_ptr, tl.sum(tl.load(x_ptr + tl.arange(0, BLOCK)), axis=0))  # itself a device function
 
 
 class OnGPU(torch.Tensor):
@@ -67,43 +76,60 @@ class Recorder:
             get_device_properties=lambda _: {"max_shared_mem": 232448},
             fill_tma_descriptor=self._fill,
             fill_tma_descriptor_tiled=self._fill,
+            launch=self.record,
+            build_signature_metadata=lambda _: None,
         )
         recorder = self
 
-        class RecordingLauncher:
+        class RecordingLauncher(nvidia.CudaLauncher):
             def __init__(self, src, metadata):
                 recorder.built += 1
-                self.flat = hasattr(nvidia, "_BASE_ARGS_FORMAT_LEN")
-                self.metadata = metadata
-                self.launch = nvidia.wrap_handle_tensordesc(
-                    recorder.record, dict(src.signature), getattr(metadata, "tensordesc_meta", None)
-                )
-
-            def __call__(self, *args):
-                head, kernel_args = args[:9], args[9:]
-                options = (self.metadata.launch_cooperative_grid, self.metadata.launch_pdl)
-                base = (*head[:5], *options, None, None, *head[5:])
-                self.launch(*base, *kernel_args) if self.flat else self.launch(*base, kernel_args)
+                recorder.options = metadata
+                with recorder._without_c():
+                    super().__init__(src, metadata)
 
         self.launcher_cls = RecordingLauncher
+
+    def _without_c(self):
+        """Keep Triton from calling into C, and Triton 3.6 from compiling what it would call."""
+        if BUILT_CALL:
+            module = types.SimpleNamespace(launch=self.record)
+            given = {"compile_module_from_src": lambda **_: module, "library_dirs": lambda: []}
+        else:
+            given = {"annotate_arguments": lambda _: None}
+        return unittest.mock.patch.multiple(nvidia, **given)
 
     def _fill(self, *args):
         self.maps_made += 1
         return "map", args[0]
 
     def record(self, *args):
-        base, kernel_args = (args[:13], args[13:]) if len(args) > 14 else (args[:-1], args[-1])
+        metadata, kernel_args = (args[9], args[13:]) if BUILT_CALL else (args[7], args[-1])
         as_numbers = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in kernel_args]
-        self.launches.append((base[:7], base[9], as_numbers))
+        self.launches.append((args[:7], metadata, as_numbers))
+
+
+def _take_the_interpreter_out():
+    """Put `triton.language` back, which interpreted kernels that call its functions leave patched."""
+    for place, names in LANGUAGE:
+        for name, value in dict(vars(place)).items():
+            if name not in names:
+                delattr(place, name)
+            elif value is not names[name]:
+                setattr(place, name, names[name])
 
 
 @pytest.fixture
 def recorder(monkeypatch):
+    _take_the_interpreter_out()
     recorder = Recorder()
+    launch_module.launches_directly.cache_clear()
+    launch_module._warn_of_slow_launches.cache_clear()
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     runtime_driver.set_active(recorder)
     yield recorder
     runtime_driver._active = None
+    launch_module.launches_directly.cache_clear()
 
 
 def _count_plain(launcher, monkeypatch):
@@ -114,7 +140,7 @@ def _count_plain(launcher, monkeypatch):
 
 
 def test_triton_in_use_is_one_that_is_launched_directly():
-    assert launch_module._convention_known()
+    assert launch_module.launches_directly()
 
 
 def test_direct_launch_passes_what_triton_passes(recorder, monkeypatch):
@@ -169,6 +195,22 @@ def test_options_reach_the_driver(recorder):
         assert metadata[0] == 8
 
 
+def test_products_are_fused_with_sums_whatever_tritons_default(recorder, monkeypatch):
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
+    Launcher(JITFunction(_scale), {"BLOCK": 32, "TWICE": False})((1,), _gpu(256), _gpu(256), 200, 0.5)
+    assert recorder.options.enable_fp_fusion
+
+
+def test_kernels_compile_after_one_that_the_interpreter_ran(device, request, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    out = torch.zeros(1, device=device)
+    triton.jit(_sum)[(1,)](out, torch.ones(8, device=device), BLOCK=8)
+    assert out.item() == 8
+    recorder = request.getfixturevalue("recorder")
+    Launcher(JITFunction(_scale), {"BLOCK": 128, "TWICE": False})((2,), _gpu(256), _gpu(256), 200, 0.5)
+    assert recorder.built == 1
+
+
 def test_tensor_maps_are_made_once_an_address(recorder):
     launcher = Launcher(
         JITFunction(_copy_tile), {"BLOCK": 64}, blocks={"x_desc": (64, 64), "other_desc": (64, 64)}
@@ -212,7 +254,7 @@ def test_bound_launch_repeats(recorder, monkeypatch):
     assert recorder.launches == [recorder.launches[0]] * 3
 
 
-def test_profilers_see_every_launch(recorder, monkeypatch):
+def test_profilers_see_every_launch(recorder, monkeypatch, caplog):
     launcher = Launcher(JITFunction(_scale), {"BLOCK": 128, "TWICE": False})
     args = (2,), _gpu(256), _gpu(256), 200, 0.5
     again = launcher.bind(*args)
@@ -227,16 +269,34 @@ def test_profilers_see_every_launch(recorder, monkeypatch):
         hooks.remove(print)
     again()
     assert len(plain) == 2
+    assert not caplog.records
 
 
-def test_unknown_triton_launches_plainly(recorder, monkeypatch):
-    monkeypatch.setattr(launch_module, "_convention_known", lambda: False)
+def test_unknown_triton_launches_plainly_and_says_so_once(recorder, monkeypatch, caplog):
+    monkeypatch.setattr(launch_module, "_CALL", "another call")
     launcher = Launcher(JITFunction(_scale), {"BLOCK": 128, "TWICE": False})
     plain = _count_plain(launcher, monkeypatch)
     for _ in range(2):
         launcher((2,), _gpu(256), _gpu(256), 200, 0.5)
     assert len(plain) == 2
     assert recorder.launches[0][0] == recorder.launches[1][0]
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.message.startswith(f"Triton {triton.__version__} launches kernels in a way")
+
+
+def test_unknown_tensor_maps_are_made_by_triton_and_it_says_so_once(recorder, monkeypatch, caplog):
+    monkeypatch.setattr(launch_module, "_map_maker", lambda compiled: (compiled.run, None))
+    launcher = Launcher(
+        JITFunction(_copy_tile), {"BLOCK": 64}, blocks={"x_desc": (64, 64), "other_desc": (64, 64)}
+    )
+    out, x, y = (_gpu(64, 64, dtype=torch.bfloat16) for _ in range(3))
+    launcher((1,), out, x, None, 0)
+    launcher((1,), out, x, y, 0)
+    launcher((1,), out, x, y, 0)
+    assert recorder.launches[1] == recorder.launches[2]
+    (record,) = caplog.records
+    assert record.message.startswith(f"Triton {triton.__version__} makes tensor maps in a way")
 
 
 def test_cpu_tensor_is_left_to_triton(recorder, monkeypatch):

@@ -72,19 +72,14 @@ def test_wheel_holds_the_kernels_inside_the_package_and_nowhere_else(wheel):
 def test_import_is_lean(fresh_venv, tmp_path):
     python, _ = fresh_venv
     code = (
-        "import sys, time, torch\n"
-        "start = time.perf_counter()\n"
-        "import bayeslora\n"
-        "spent = time.perf_counter() - start\n"
+        "import sys, torch, bayeslora\n"
         "for name in ('peft', 'transformers', 'typer', 'torchmetrics', 'matplotlib'):\n"
         "    assert name not in sys.modules, name\n"
         "from bayeslora import IVON, Posterior\n"
         "assert 'peft' not in sys.modules and 'transformers' not in sys.modules\n"
         "assert set(bayeslora.__all__) <= set(dir(bayeslora))\n"
-        "print(spent)\n"
     )
-    spent = float(_run(python, "-c", code, cwd=tmp_path).stdout.split()[-1])
-    assert spent < 0.2  # seconds beyond torch's own import; measured about 0.001
+    _run(python, "-c", code, cwd=tmp_path)
 
 
 def test_public_names_work(fresh_venv, tmp_path):

@@ -16,12 +16,12 @@ from bayeslora import IVON, Posterior, patch
 TOKENS = torch.randint(50, (2, 7), generator=torch.Generator().manual_seed(0))
 
 
-def _base(dtype=torch.float32, hidden_size=32):
+def _base(dtype=torch.float32, hidden_size=32, intermediate_size=48):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=50,
         hidden_size=hidden_size,
-        intermediate_size=48,
+        intermediate_size=intermediate_size,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -29,10 +29,10 @@ def _base(dtype=torch.float32, hidden_size=32):
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
-def _posterior(seed=1, adapter="default", r=3, ess=50.0, **settings):
+def _posterior(seed=1, adapter="default", r=3, ess=50.0, hidden_size=32, **settings):
     torch.manual_seed(seed)
     config = LoraConfig(r=r, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **settings)
-    model = patch(get_peft_model(_base(), config, adapter)).eval()
+    model = patch(get_peft_model(_base(hidden_size=hidden_size), config, adapter)).eval()
     params = [p for p in model.parameters() if p.requires_grad]
     for p in params:
         p.data.normal_(std=0.3)
@@ -86,11 +86,13 @@ def test_a_posterior_loads_onto_another_dtype_and_follows_its_model(posterior, t
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
-def test_a_posterior_loads_onto_a_quantized_base(posterior, tmp_path, device, caplog):
+def test_a_posterior_loads_onto_a_quantized_base(tmp_path, device, caplog):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    sizes = {"hidden_size": 64, "intermediate_size": 64}  # bitsandbytes needs blocks of 64 whole on some CPUs
+    posterior = _posterior(**sizes)
     posterior.save_pretrained(tmp_path / "adapter")
-    _base().save_pretrained(tmp_path / "base")
+    _base(**sizes).save_pretrained(tmp_path / "base")
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     quantized = AutoModelForCausalLM.from_pretrained(
         tmp_path / "base", quantization_config=config, device_map=str(device), dtype=torch.float32

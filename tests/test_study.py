@@ -246,8 +246,9 @@ def test_laplace_is_the_covariance_of_the_linearized_model(folder, monkeypatch):
     torch.testing.assert_close(probs.sum(1), torch.ones(5, dtype=torch.float64))
 
 
-def test_plan_puts_the_claims_first():
+def test_plan_puts_the_claims_first(tmp_path):
     command = [sys.executable, str(BENCH / "study.py"), "--plan", "--data", "arc_easy=a,b"]
+    command += ["--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
     assert lines[0].split()[1:4] == ["validation", "arc_easy", "adamw"]

@@ -25,7 +25,7 @@ from bayeslora import IVON, Posterior, PosteriorCallback, patch
 from bayeslora.posterior_checks import check_ivon
 from bayeslora.posterior_files import read_folder
 
-pytestmark = pytest.mark.usefixtures("one_gpu")
+pytestmark = pytest.mark.usefixtures("one_gpu", "fresh_accelerate")
 
 STEPS, WARMUP, ACCUMULATION, CLIP = 6, 2, 2, 0.05
 IVON_SETTINGS = {"lr": 0.1, "ess": 1e3, "hess_init": 0.1, "seed": 3}

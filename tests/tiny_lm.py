@@ -25,12 +25,12 @@ def make_tokenizer():
     )
 
 
-def make_model(vocab_size, seed=0):
+def make_model(vocab_size, seed=0, hidden_size=32, intermediate_size=48):
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
