@@ -184,19 +184,21 @@ def finetune(
     rows = load_questions(data, limit=limit, labels=choices)
     eval_rows = load_questions(eval_data, split="test", labels=choices) if eval_data else []
     settings = settings.resolved(len(rows))
+    hush = Path(tasks[0].base_model).exists()
     with ExitStack() as stack:
         if not dry_run:
             stack.enter_context(locked_folder(output))
-        report = stack.enter_context(Reporter(hush=Path(tasks[0].base_model).exists()))
         stack.enter_context(stopped_with(f"nothing was written to {output}"))
-        job = _prepare(tasks, place, rows, eval_rows, report)
+        with Reporter(hush=hush) as report:
+            job = _prepare(tasks, place, rows, eval_rows, report)
         if dry_run:
             return _show(job, settings)
-        job = replace(job, network=add_lora(job.network, settings))
-        trained, posterior = _train(job, settings, output, report)
-        stack.enter_context(stopped_with(f"the run is in {output}, but was not measured"))
-        measured = measure(job.network, job.eval_set, posterior, job.pad, report, num_samples=num_samples)
-        warnings = _warnings(job, trained, posterior, measured, num_samples, report)
+        with Reporter(hush=hush) as report:
+            job = replace(job, network=add_lora(job.network, settings))
+            trained, posterior = _train(job, settings, output, report)
+            stack.enter_context(stopped_with(f"the run is in {output}, but was not measured"))
+            measured = measure(job.network, job.eval_set, posterior, job.pad, report, num_samples=num_samples)
+            warnings = _warnings(job, trained, posterior, measured, num_samples, report)
         facts: dict[str, Any] = {"data": data, "eval_data": eval_data, "scoring": job.task.scoring}
         facts |= {**settings.as_dict(), **trained.ivon, "final_loss": trained.losses[-1]}
         facts |= {"seconds_per_step": trained.seconds_per_step, "skipped_steps": trained.skipped_steps}

@@ -133,7 +133,7 @@ class Reporter:
             self._bars.update(self._task, completed=progress.step, total=progress.total, note=note)
             return
         now, tenths = time.perf_counter(), 10 * progress.step // progress.total
-        if tenths > self._tenths and now - self._told >= _SECONDS_BETWEEN_LINES:
+        if self._tenths < tenths < 10 and now - self._told >= _SECONDS_BETWEEN_LINES:
             left = (now - self._began) * (progress.total / progress.step - 1)
             say(self.console, f"{self._stage}: {self._last}, about {left:.0f} s left")
             self._told, self._tenths = now, tenths

@@ -519,7 +519,7 @@ def test_without_a_terminal_long_stages_print_a_line_a_tenth(capsys, monkeypatch
             report.on_progress(library.Progress("train", step, 40, loss=1.0))
     lines = capsys.readouterr().err.splitlines()
     assert lines[:2] == ["training ...", "training: 4/40 loss 1.000, about 144 s left"]
-    assert len(lines) == 12 and lines[-1].startswith("training: 40/40 loss 1.000, ")
+    assert len(lines) == 11 and lines[-1].startswith("training: 40/40 loss 1.000, ")
 
 
 def test_figures_that_are_not_finite_are_null(tmp_path):
