@@ -126,8 +126,8 @@ def about_training(losses: Sequence[float], questions: Sequence[Question], scori
     rate = "a lower --lr" if not ended < began else "more --epochs or a higher --lr"
     others = "--scoring mean_loglik" if scoring == "letter" else f"another --scoring than {scoring}"
     return [
-        f"the training loss ended at {ended:.2f} nats, and guessing costs {chance:.2f}: the model has "
-        f"learned next to nothing; try {rate}, or {others}"
+        f"the training loss ended at {ended:.2f} nats, no better than guessing ({chance:.2f}); try {rate}, "
+        f"or {others}"
     ]
 
 

@@ -76,13 +76,13 @@ def test_rows_without_fault_are_not_mentioned():
 def test_a_loss_that_ends_at_guessing_is_told_with_what_to_try(losses, said):
     found = advice.about_training(losses, QUESTIONS, "loglik")
     assert len(found) == len(said) and all(text in line for text, line in zip(said, found, strict=True))
-    assert all("guessing costs 0.69" in line and "another --scoring than loglik" in line for line in found)
+    assert all("guessing (0.69)" in line and "another --scoring than loglik" in line for line in found)
 
 
 def test_guessing_costs_the_log_of_each_questions_choices():
     two, four = (Question("q", tuple("abcd"[:n]), 0) for n in (2, 4))
     (line,) = advice.about_training([9.0] * 5, [two, four], "letter")
-    assert f"guessing costs {(math.log(2) + math.log(4)) / 2:.2f}" in line and "--scoring mean_loglik" in line
+    assert f"guessing ({(math.log(2) + math.log(4)) / 2:.2f})" in line and "--scoring mean_loglik" in line
 
 
 def probabilities(right):
