@@ -2,35 +2,52 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from . import __version__
 from ._backend import uses_triton
 from .cli_bench import bench
 from .cli_demo import demo
-from .cli_finetune import evaluate, finetune
+from .cli_evaluate import evaluate, predict
+from .cli_finetune import finetune
 from .cli_support import pairs_table, versions
 from .finetune import resolve_device
 
-__all__ = ["app"]
+__all__ = ["Stopped", "app"]
+
+
+class Stopped(Exception):
+    """Ctrl-C, past typer, which would end without a word; its text says what is left."""
+
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise Stopped(str(error)) from error
+
 
 app = typer.Typer(
     name="bayeslora",
+    cls=_Commands,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help=(
         "Fine-tune language models with LoRA and get a posterior instead of a point.\n\n"
         "Start with `bayeslora demo`; then `bayeslora finetune` and `bayeslora evaluate` do the same with "
-        "your own model and data."
+        "your own model and data, and `bayeslora predict` answers new rows."
     ),
 )
 app.command()(demo)
 app.command()(finetune)
 app.command()(evaluate)
+app.command()(predict)
 app.command()(bench)
 
 

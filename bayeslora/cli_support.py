@@ -10,8 +10,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack, redirect_stderr
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,6 +31,8 @@ from rich.progress import (
 from rich.table import Table
 
 from . import __version__, finetune
+from .data import check_labels
+from .folders import recover, write_file
 
 __all__ = [
     "Reporter",
@@ -41,10 +43,13 @@ __all__ = [
     "metrics_table",
     "pairs_table",
     "say",
+    "split_labels",
+    "stopped_with",
     "versions",
     "write_metrics",
 ]
 
+_SECONDS_BETWEEN_LINES = 10.0
 _PACKAGES = ("torch", "triton", "peft", "transformers")
 
 _COLUMNS = {
@@ -59,7 +64,8 @@ _COLUMNS = {
 class Reporter:
     """Names each stage of the work and shows how far it is.
 
-    On a terminal a bar a stage; elsewhere one line when a stage begins and one when it ends.
+    On a terminal a bar a stage; elsewhere one line when a stage begins, one when it ends, and between them
+    one at every tenth of it, where that is ten seconds after the last.
 
     Args:
         hush: keep the libraries' own bars and warnings off stderr meanwhile (not with
@@ -82,6 +88,7 @@ class Reporter:
         )
         self._task: TaskID | None = None
         self._stage, self._began, self._last = "", 0.0, ""
+        self._told = self._tenths = 0.0
 
     def __enter__(self) -> Reporter:
         self._bars.start()
@@ -103,10 +110,20 @@ class Reporter:
         """Finish the stage in progress and begin another."""
         self._finish()
         self._stage, self._began, self._last = stage, time.perf_counter(), ""
+        self._told, self._tenths = self._began, 0
         if self.console.is_terminal:
             self._task = self._bars.add_task(stage, total=None, note="")
         else:
-            self.console.print(f"{stage} ...", markup=False, highlight=False)
+            say(self.console, f"{stage} ...")
+
+    def tell(self, text: str) -> None:
+        """Finish the stage in progress and print a line, whatever is hushed."""
+        self._finish()
+        say(self.console, text)
+
+    def warn(self, text: str) -> None:
+        """Print a warning, whatever is hushed."""
+        self.tell(f"warning: {text}")
 
     def on_progress(self, progress: finetune.Progress) -> None:
         """Show how far the stage is; a training stage shows its loss too."""
@@ -114,6 +131,12 @@ class Reporter:
         self._last = f"{progress.step}/{progress.total} {note}".strip()
         if self._task is not None:
             self._bars.update(self._task, completed=progress.step, total=progress.total, note=note)
+            return
+        now, tenths = time.perf_counter(), 10 * progress.step // progress.total
+        if self._tenths < tenths < 10 and now - self._told >= _SECONDS_BETWEEN_LINES:
+            left = (now - self._began) * (progress.total / progress.step - 1)
+            say(self.console, f"{self._stage}: {self._last}, about {left:.0f} s left")
+            self._told, self._tenths = now, tenths
 
     def _finish(self) -> None:
         if not self._stage:
@@ -124,8 +147,7 @@ class Reporter:
             self._bars.update(self._task, completed=self._bars.tasks[self._task].total)
             self._bars.stop_task(self._task)
         else:
-            done = f"{self._stage}: {self._last}, {seconds:.1f} s".replace(": ,", ":")
-            self.console.print(done, markup=False, highlight=False)
+            say(self.console, f"{self._stage}: {self._last}, {seconds:.1f} s".replace(": ,", ":"))
         self._stage, self._task = "", None
 
 
@@ -155,6 +177,21 @@ def say(console: Console, text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+def split_labels(labels: str | None) -> tuple[str, ...] | None:
+    """Return the choices that an option names, with commas between them."""
+    return None if labels is None else check_labels(labels.split(","))
+
+
+@contextmanager
+def stopped_with(text: str) -> Iterator[None]:
+    """Let Ctrl-C say what it leaves; of several around each other, the innermost says it."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        error.args = error.args or (text,)
+        raise
+
+
 def check_installed(*packages: str) -> None:
     """Raise ``ModuleNotFoundError`` now, not after the training, for a package that is needed later."""
     for name in packages:
@@ -167,6 +204,7 @@ def check_installed(*packages: str) -> None:
 def check_output(path: Path, *, overwrite: bool) -> None:
     """Raise ``ValueError`` for an output folder that cannot be written, or holds a run or model to keep."""
     _check_folder("--output", path, path)
+    recover(path)
     if (path / "config.json").exists():  # transformers would load the adapter with the model from then on
         raise ValueError(f"--output {str(path)!r} holds a model (config.json); pass another folder")
     if not overwrite and (path / "adapter_config.json").exists():
@@ -175,10 +213,13 @@ def check_output(path: Path, *, overwrite: bool) -> None:
         )
 
 
-def check_file(option: str, path: Path) -> None:
+def check_file(option: str, path: Path, suffixes: Sequence[str] = ()) -> None:
     """Raise ``ValueError`` now, not after the work, for a file that cannot be written."""
-    if path.is_dir():
-        raise ValueError(f"{option} {str(path)!r} is a folder; pass a file")
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise ValueError(f"{option} {str(path)!r} must end in {' or '.join(suffixes)}")
+    if path.exists() and not path.is_file():
+        kind = "folder" if path.is_dir() else "pipe or a device"
+        raise ValueError(f"{option} {str(path)!r} is a {kind}; pass a file")
     _check_folder(option, path, path.parent)
 
 
@@ -213,6 +254,7 @@ def environment(device: Any) -> dict[str, Any]:
 
 
 def write_metrics(path: Path, rows: Iterable[Mapping[str, Any]], facts: Mapping[str, Any]) -> None:
-    """Write ``{"rows": [...], **facts}`` as JSON, making the folder where needed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"rows": list(rows), **facts}, indent=2) + "\n", encoding="utf-8")
+    """Write ``{"rows": [...], **facts}`` as JSON, null for what is not finite."""
+    text = json.dumps({"rows": list(rows), **facts})
+    finite = json.loads(text, parse_constant=lambda name: None)  # NaN is no JSON
+    write_file(path, json.dumps(finite, indent=2) + "\n")

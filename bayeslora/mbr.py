@@ -34,7 +34,6 @@ __all__ = ["Choice", "chrf", "decode", "expected_utility", "gsm8k_flexible", "gs
 _STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
 _FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 _COLUMNS = 8192  # n-grams matched at a time: 16 MB for 512 texts
-_IGNORED = tuple(re.compile(pattern) for pattern in (",", r"\$", "(?s).*#### ", r"\.$"))
 
 
 @dataclass(frozen=True)
@@ -241,10 +240,8 @@ def _indicator(count: int, places: Tensor, first: int) -> Tensor:
 
 
 def _normalized(number: str) -> str:
-    number = number.strip()
-    for pattern in _IGNORED:
-        number = pattern.sub("", number)
-    return number.lower()
+    """The number as lm-evaluation-harness compares it: without commas, dollar signs and a final point."""
+    return number.strip().replace(",", "").replace("$", "").removesuffix(".").lower()
 
 
 def _agreement(answers: Sequence[Hashable | None], shares: Tensor) -> Tensor:

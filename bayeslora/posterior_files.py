@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
+from bayeslora.folders import recover, replaced_folder
 from bayeslora.ivon_distributed import is_sharded, whole
 from bayeslora.posterior_adapters import adapter_of, alone, check_adapter_name, file_keys, places
 from bayeslora.posterior_checks import (
@@ -41,7 +42,6 @@ from bayeslora.posterior_checks import (
     file_digest,
 )
 from bayeslora.posterior_lifecycle import wrapped_hint
-from bayeslora.transactions import settle, whole_save
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -147,7 +147,7 @@ def write_folder(
         state.update(_by_every_name(model, values, keys))
         if any(map(is_sharded, model.parameters())) and dist.get_rank() != 0:
             return
-        with whole_save(own) as staged:
+        with replaced_folder(own) as staged:
             if (folder / README).is_file():  # PEFT brings it up to date
                 shutil.copyfile(folder / README, staged / README)
             model.save_pretrained(str(staged), selected_adapters=[adapter], state_dict=state)
@@ -219,7 +219,7 @@ def read_folder(
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {str(folder)!r}; pass one made by Posterior.save_pretrained")
-    settle(folder)
+    recover(folder)
     for name in (*DIGESTED, POSTERIOR_CONFIG):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{str(folder / name)!r} is missing; a posterior's folder has it")

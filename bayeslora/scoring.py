@@ -39,6 +39,7 @@ __all__ = [
     "choice_scores",
     "collate",
     "encode",
+    "render",
 ]
 
 METHODS = ("letter", "loglik", "mean_loglik")
@@ -59,14 +60,16 @@ class EncodedQuestion:
         sequences: the distinct model inputs, none a prefix of another.
         targets: per choice, its scored tokens as ``(sequence, position, token)``: the model's output at
             ``position`` of ``sequences[sequence]`` predicts ``token``.
-        answer: index of the right choice.
+        answer: index of the right choice; None where it is not known.
         per_token: whether a choice's score is divided by its number of tokens.
+        dropped: tokens that the prompt lost to ``max_length``.
     """
 
     sequences: tuple[tuple[int, ...], ...]
     targets: tuple[tuple[tuple[int, int, int], ...], ...]
-    answer: int
+    answer: int | None
     per_token: bool = False
+    dropped: int = 0
 
     @property
     def divisors(self) -> list[int]:
@@ -93,7 +96,7 @@ class ChoiceBatch:
         target_token: ``(Q, C, L)`` int64, the scored tokens.
         target_mask: ``(Q, C, L)`` bool, False on padding.
         divisor: ``(Q, C)`` int64, what each choice's summed log-likelihood is divided by.
-        labels: ``(Q,)`` int64, the right choices.
+        labels: ``(Q,)`` int64, the right choices; -100, which a cross-entropy ignores, where not known.
     """
 
     input_ids: Tensor
@@ -138,16 +141,8 @@ def encode(
             choice alone exceeds, or a prompt of no tokens.
     """
     template = check_template(method, template)
-    if max_length is not None and max_length < 2:
-        raise ValueError(f"max_length must be at least 2 tokens; got {max_length}")
-    prompts = [_prompt(question, method, template) for question in questions]
-    texts = []
-    for question, prompt in zip(questions, prompts, strict=True):
-        names = question.choices
-        if method == "letter":
-            names = tuple(letter(i) for i in range(len(names)))
-        texts.append(prompt)
-        texts.extend(prompt + _spaced(prompt, name) for name in names)
+    check_max_length(max_length)
+    texts = [text for question in questions for text in render(question, method, template)]
     token_ids = tokenizer(texts, padding=False, truncation=False)["input_ids"] if texts else []
     bos = getattr(tokenizer, "bos_token_id", None)
     encoded, start = [], 0
@@ -157,6 +152,18 @@ def encode(
         encoded.append(replace(one, per_token=method == "mean_loglik"))
         start = stop
     return encoded
+
+
+def render(question: Question, method: str, template: str) -> list[str]:
+    """Return the prompt, and the prompt with each choice after it, as they are tokenized."""
+    names = question.choices
+    values = {"question": question.question.strip()}
+    if method == "letter":
+        values["choices"] = "\n".join(f"{letter(i)}. {name.strip()}" for i, name in enumerate(names))
+        names = tuple(letter(i) for i in range(len(names)))
+    prompt = _PLACEHOLDER.sub(lambda match: values.get(match[1], match[0]), template)
+    spaces = ("" if prompt[-1:].isspace() or name[:1].isspace() else " " for name in names)
+    return [prompt, *(f"{prompt}{space}{name}" for space, name in zip(spaces, names, strict=True))]
 
 
 def check_template(method: str, template: str | None) -> str:
@@ -171,6 +178,14 @@ def check_template(method: str, template: str | None) -> str:
             f"template for scoring {method!r} must contain {' and '.join(missing)}; got {template!r}"
         )
     return template
+
+
+def check_max_length(max_length: int | None) -> None:
+    """Raise ``ValueError`` for a longest input that is no number of tokens."""
+    if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int)):
+        raise ValueError(f"max_length must be a number of tokens or none; got {max_length!r}")
+    if max_length is not None and max_length < 2:
+        raise ValueError(f"max_length must be at least 2 tokens; got {max_length}")
 
 
 def batches_by_length(
@@ -222,7 +237,7 @@ def collate(encoded: Sequence[EncodedQuestion], pad_token_id: int) -> ChoiceBatc
     divisor = torch.tensor(divisors, device="cpu")
     row_sequence, row_position = torch.tensor(list(rows), device="cpu").unbind(1)
     kept, row_kept = torch.unique(row_position, return_inverse=True)
-    labels = torch.tensor([q.answer for q in encoded], device="cpu")
+    labels = torch.tensor([-100 if q.answer is None else q.answer for q in encoded], device="cpu")
     return ChoiceBatch(
         input_ids,
         attention_mask,
@@ -267,17 +282,6 @@ def _takes_logits_to_keep(model: nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature(base.forward).parameters
 
 
-def _prompt(question: Question, method: str, template: str) -> str:
-    values = {"question": question.question.strip()}
-    if method == "letter":
-        values["choices"] = "\n".join(f"{letter(i)}. {c.strip()}" for i, c in enumerate(question.choices))
-    return _PLACEHOLDER.sub(lambda match: values.get(match[1], match[0]), template)
-
-
-def _spaced(prompt: str, name: str) -> str:
-    return name if prompt[-1:].isspace() or name[:1].isspace() else f" {name}"
-
-
 def _encode_one(
     question: Question, token_ids: Sequence[Sequence[int]], bos: int | None, max_length: int | None
 ) -> EncodedQuestion:
@@ -287,8 +291,8 @@ def _encode_one(
     if start < 1:
         raise ValueError(f"template leaves no token before the choices of question {question.question!r}")
     longest = max(map(len, wholes)) - 1
-    if max_length is not None and longest > max_length:
-        drop = longest - max_length
+    drop = 0 if max_length is None else max(0, longest - max_length)
+    if drop:
         first = int(prompt[0] == bos)
         if start - drop <= first:
             raise ValueError(
@@ -304,7 +308,7 @@ def _encode_one(
     for whole in wholes:
         home = next(i for i, s in enumerate(sequences) if s[: len(whole) - 1] == whole[:-1])
         targets.append(tuple((home, t - 1, whole[t]) for t in range(start, len(whole))))
-    return EncodedQuestion(tuple(sequences), tuple(targets), question.answer)
+    return EncodedQuestion(tuple(sequences), tuple(targets), question.answer, dropped=drop)
 
 
 def _common_prefix(left: tuple[int, ...], right: tuple[int, ...]) -> int:

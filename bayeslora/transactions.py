@@ -1,92 +1,16 @@
-"""All or nothing: files that are replaced together, and objects that are changed together.
-
-A save is written into a folder beside the files that it replaces, synced to the disk, and made by one
-rename: a process that is killed before it leaves the old files, after it the new ones. What is left to do
-then, moving them into place, is finished by whoever reads or writes the folder next (:func:`settle`).
-"""
+"""All or nothing: a model and other objects changed together; ``folders.py`` does the same for files."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_STAGED, _MADE, _OBSOLETE = ".saving-", ".saved", ".obsolete"
 _CONTAINERS = (dict, OrderedDict, list, set)
-
-
-# ---- files ---------------------------------------------------------------------------------------
-
-
-@contextmanager
-def whole_save(folder: Path, obsolete: Iterable[str] = ()) -> Iterator[Path]:
-    """Yield an empty folder; what is written into it replaces the files of those names in ``folder`` at once.
-
-    Other files in ``folder`` stay. If the body fails, or the process is killed, the old files stay too.
-
-    Args:
-        folder: made if it does not exist.
-        obsolete: names of files in ``folder`` that go, unless the body writes them.
-    """
-    made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    settle(folder)
-    for left in folder.glob(f"{_STAGED}*"):  # by a process that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    staged = Path(tempfile.mkdtemp(prefix=_STAGED, dir=folder))
-    try:
-        yield staged
-        gone = [name for name in obsolete if not (staged / name).exists()]
-        (staged / _OBSOLETE).write_text("\n".join(gone), encoding="utf-8")
-        for path in (*staged.rglob("*"), staged):
-            _sync(path)
-        staged.rename(folder / _MADE)  # from here on the new save is the one
-    except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
-        if made:
-            with suppress(OSError):
-                folder.rmdir()
-        raise
-    _sync(folder)
-    settle(folder)
-
-
-def settle(folder: Path) -> None:
-    """Finish a save that was made but not moved into place; every reader of ``folder`` calls this first."""
-    made = folder / _MADE
-    if not made.is_dir():
-        return
-    with suppress(FileNotFoundError):  # another process settles it too
-        for name in (made / _OBSOLETE).read_text(encoding="utf-8").splitlines():
-            (folder / name).unlink(missing_ok=True)
-        for file in [path for path in made.rglob("*") if path.is_file() and path.name != _OBSOLETE]:
-            place = folder / file.relative_to(made)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            file.replace(place)
-        _sync(folder)
-    shutil.rmtree(made, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError:
-        if path.is_file():  # of folders, not every file system can
-            raise
-    finally:
-        os.close(handle)
-
-
-# ---- objects -------------------------------------------------------------------------------------
 
 
 @contextmanager

@@ -1,5 +1,11 @@
+import csv
+import errno
+import fcntl
 import json
+import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 
@@ -9,8 +15,12 @@ from tiny_lm import review_rows, save_tiny
 from typer.testing import CliRunner
 
 import bayeslora
-from bayeslora import cli, cli_app
+from bayeslora import cli, cli_app, cli_support, uncertainty
+from bayeslora import finetune as library
 from bayeslora.cli_app import app
+from bayeslora.data import load_questions
+from bayeslora.runs import load_run, read_task
+from bayeslora.scoring import encode
 
 TEMPLATE = r"Review: {question}\nSentiment:"
 
@@ -27,9 +37,9 @@ def data(tmp_path_factory):
     return str(path)
 
 
-def finetune(model, data, output, *extra):
+def finetune(model, data, output, *extra, steps=("--steps", "6")):
     words = ["finetune", "--model", model, "--data", data, "--output", str(output)]
-    words += ["--scoring", "mean_loglik", "--template", TEMPLATE, "--steps", "6", "--device", "cpu"]
+    words += ["--scoring", "mean_loglik", "--template", TEMPLATE, *steps, "--device", "cpu"]
     return cli.main([*words, *extra])
 
 
@@ -45,15 +55,19 @@ def plain(text):
     return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["finetune"], ["evaluate"], ["bench"], ["info"]])
+COMMANDS = ["demo", "finetune", "evaluate", "predict", "bench", "info"]
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
 def test_every_command_has_help(command):
     result = CliRunner().invoke(app, [*command, "--help"])
     assert result.exit_code == 0
     text = plain(result.output)
     for word in {
-        (): ["demo", "finetune", "evaluate", "bench", "info"],
+        (): COMMANDS,
         ("bench",): ["--batch-size", "--eager-only", "SmolLM2-135M"],
-        ("finetune",): ["mean_loglik", "--ess", "200 x training rows", "--template", "line break"],
+        ("finetune",): ["mean_loglik", "like-adamw", "200 x training rows", "--template", "line break"],
+        ("predict",): ["--output", "epistemic", ".csv"],
         ("evaluate",): ["--variance-scale", "--prune", "DIR"],
         ("demo",): ["--cache-dir", "BAYESLORA_CACHE", "--steps"],
     }.get(tuple(command), []):
@@ -97,7 +111,8 @@ def test_finetune_writes_a_run_with_its_measurements(run):
     task = json.loads((folder / "bayeslora_task.json").read_text())
     assert task["template"] == "Review: {question}\nSentiment:"
     if optimizer == "ivon":
-        assert task["training"]["ess"] == 24 * 200
+        assert task["training"]["preset"] == "like-adamw"
+        assert task["training"]["ess"] == measured["ess"] > 24
 
 
 def test_evaluate_measures_what_finetune_measured(run, data, tmp_path, capsys):
@@ -183,8 +198,11 @@ def test_bad_input_is_one_line_and_changes_nothing(model, data, tmp_path, capsys
         ({"--eval-data": str(bad)}, r"bad\.jsonl, line 2"),
         ({"--lr": "-1"}, r"lr must be greater than 0; got -1\.0"),
         ({"--optimizer": "sgd"}, "optimizer must be one of ivon, adamw; got 'sgd'"),
-        ({"--scoring": "words"}, "scoring must be one of letter, loglik, mean_loglik; got 'words'"),
-        ({"--template": "{question}"}, r"must contain \{choices\}"),
+        ({"--scoring": "words"}, "scoring must be one of auto, letter, loglik, mean_loglik; got 'words'"),
+        ({"--template": "{question}", "--scoring": "letter"}, r"must contain \{choices\}"),
+        ({"--template": "{question.__class__}"}, r"must contain \{question\}"),
+        ({"--labels": "one"}, "labels must hold 2 to 26 strings; got 1"),
+        ({"--preset": "like-adamw", "--ess": "5"}, "preset like-adamw chooses ess itself"),
         ({"--dtype": "int8"}, "dtype must be auto"),
         ({"--device": "tpu9"}, "device 'tpu9' cannot be used here"),
         ({"--device": "meta"}, "device 'meta' cannot be used here"),
@@ -207,8 +225,10 @@ def test_evaluate_names_what_is_wrong(run, data, tmp_path, capsys):
         ([str(folder), "--data", data, "--prune", "1"], r"prune must be in \[0, 1\); got 1\.0"),
         ([str(folder), "--data", data, "--variance-scale", "0"], "variance_scale must be greater than 0"),
         ([str(folder), "--data", data, "--num-samples", "-1"], "num_samples must be at least 0"),
+        ([str(folder), "--data", data, "--seed", "-1"], r"seed must be in \[0, 2\^64\)"),
         ([str(folder), "--data", data, "--model", missing], "model path '.*none' does not exist"),
         ([str(folder), "--data", data, "--output", str(tmp_path)], "--output '.*' is a folder; pass a file"),
+        ([str(folder), "--data", data, "--diagram", "x.foo"], r"--diagram 'x\.foo' must end in \.png or"),
         (
             [str(folder), "--data", data, "--diagram", data + "/x.png"],
             "--diagram '.*' cannot be made: .*file",
@@ -291,7 +311,7 @@ def test_debug_shows_the_traceback(monkeypatch):
 def test_without_its_packages_the_command_says_what_to_install(monkeypatch, capsys, missing):
     for name in [m for m in sys.modules if m.startswith("bayeslora.cli_")]:
         monkeypatch.delitem(sys.modules, name)
-    for attribute in ("cli_app", "cli_demo", "cli_finetune", "cli_support"):
+    for attribute in ("cli_app", "cli_demo", "cli_evaluate", "cli_finetune", "cli_support"):
         monkeypatch.delattr(bayeslora, attribute, raising=False)
     for name in [m for m in sys.modules if m == missing or m.startswith(f"{missing}.")]:
         monkeypatch.delitem(sys.modules, name)
@@ -310,3 +330,221 @@ def test_the_process_exits_with_the_status_and_one_line(tmp_path):
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1 and "none' does not exist" in done.stderr
     assert done.stdout == ""
+
+
+def test_the_scoring_is_chosen_by_looking_and_said(model, data, tmp_path, capsys):
+    words = [
+        "finetune",
+        "--model",
+        model,
+        "--data",
+        data,
+        "--steps",
+        "2",
+        "--device",
+        "cpu",
+        "--num-samples",
+        "0",
+    ]
+    assert cli.main([*words, "--output", str(tmp_path / "any")]) == 0
+    err = capsys.readouterr().err
+    seen = r"\d+% by letter, \d+% by loglik, \d+% by mean_loglik"
+    said = re.search(rf"scoring (\w+): of 24 rows the base model gets {seen} right, and guessing 50%", err)
+    assert said and json.loads((tmp_path / "any/bayeslora_task.json").read_text())["scoring"] == said[1]
+    template = ["--template", r"{question}\n{choices}\nAnswer:"]  # serves letters alone
+    assert cli.main([*words, "--output", str(tmp_path / "letters"), *template]) == 0
+    assert "trying scoring" not in capsys.readouterr().err
+    assert json.loads((tmp_path / "letters/bayeslora_task.json").read_text())["scoring"] == "letter"
+
+
+def test_a_dry_run_shows_the_prompt_and_writes_nothing(model, data, tmp_path, capsys):
+    assert finetune(model, data, tmp_path / "out", "--dry-run", "--lr", "0.003") == 0
+    out = capsys.readouterr().out
+    assert "Review: the film was good .\nSentiment:\n" in out
+    assert "' negative'\n" in out and "' positive' (right)" in out
+    for fact in (r"tokens a row\s+10 to 12, median 11", r"lr\s+0.003", r"steps\s+6", r"preset\s+like-adamw"):
+        assert re.search(fact, out), fact
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_that_lose_something_are_warned_of(model, tmp_path, capsys):
+    rows = [row | {"question": "very " * 300 + "good ."} for row in review_rows(6)]
+    rows[4]["choices"] = ["negative", "positive", "negative"]
+    data = tmp_path / "long.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    assert finetune(model, str(data), tmp_path / "out", "--dry-run") == 0
+    err = capsys.readouterr().err
+    assert "warning: 1 of 6 rows have a choice twice, first row 5" in err
+    assert re.search(
+        r"longest input has \d+ tokens and the model was made for 256; pass --max-length 256", err
+    )
+    assert finetune(model, str(data), tmp_path / "out", "--dry-run", "--max-length", "64") == 0
+    assert re.search(r"warning: 6 of 6 prompts lost their start, up to 2\d\d tokens", capsys.readouterr().err)
+
+
+def test_a_run_that_learned_nothing_ends_with_a_warning(model, data, tmp_path, capsys):
+    assert finetune(model, data, tmp_path, "--lr", "1e-9", "--num-samples", "0") == 0
+    err = capsys.readouterr().err
+    assert re.search(
+        r"warning: the training loss ended at \d\.\d+ nats, no better than guessing \(0\.69\)", err
+    )
+
+
+def test_samples_far_behind_the_mean_are_warned_of_also_without_evaluation_data(
+    model, data, tmp_path, capsys, monkeypatch
+):
+    train = library.train
+
+    def too_wide(*args, **kwargs):
+        trained = train(*args, **kwargs)
+        trained.optimizer.param_groups[0]["ess"] = 2.0
+        return trained
+
+    monkeypatch.setattr(library, "train", too_wide)
+    words = ["--lr", "0.1", "--clip-radius", "0.1", "--hess-init", "0.05", "--epochs", "10"]
+    words += ["--target-modules", "q_proj,v_proj,up_proj", "--batch-size", "6"]
+    assert finetune(model, data, tmp_path, *words, steps=()) == 0
+    assert re.search(r"warning: posterior samples .* larger --ess \(it was 2\)", capsys.readouterr().err)
+
+
+def test_labels_of_all_rows_serve_training_evaluation_and_prediction(model, tmp_path, capsys):
+    file = tmp_path / "rows.csv"
+    lines = [f"{row['question']},{row['choices'][row['answer']].upper()}" for row in review_rows(12)]
+    file.write_text("text,label\n" + "\n".join(lines))
+    out = tmp_path / "run"
+    assert finetune(model, str(file), out, "--labels", "negative, positive", "--num-samples", "0") == 0
+    for command in ("evaluate", "predict"):
+        assert (
+            cli.main([command, str(out), "--data", str(file), "--num-samples", "0", "--device", "cpu"]) == 0
+        )
+    assert '"choices": ["negative", "positive"]' in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def unanswered(tmp_path_factory):
+    path = tmp_path_factory.mktemp("unanswered") / "rows.jsonl"
+    rows = [{key: row[key] for key in ("question", "choices")} for row in review_rows(5)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+def test_predict_answers_rows_without_answers(run, unanswered, tmp_path):
+    optimizer, folder = run
+    words = ["predict", str(folder), "--data", unanswered, "--num-samples", "3", "--device", "cpu"]
+    assert cli.main([*words, "--output", str(tmp_path / "answers.jsonl")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    loaded = load_run(folder, device=torch.device("cpu"))
+    encoded = encode(
+        load_questions(unanswered, answered=False), loaded.tokenizer, "mean_loglik", loaded.task.template
+    )
+    samples = {"posterior": loaded.posterior, "num_samples": 3} if optimizer == "ivon" else {}
+    expected = library.predict(loaded.model, encoded, average=False, **samples)
+    scores = uncertainty.decompose(expected)
+    for i, row in enumerate(rows):
+        assert row["probabilities"] == pytest.approx(expected.mean(0)[i].tolist(), abs=1e-5)
+        assert row["index"] == row["probabilities"].index(max(row["probabilities"])) and row["answer"] is None
+        assert row["prediction"] == row["choices"][row["index"]]
+        assert row["total"] == pytest.approx(float(scores.total[i]), abs=1e-5)
+        if optimizer == "ivon":
+            assert row["epistemic"] == pytest.approx(float(scores.epistemic[i]), abs=1e-5)
+        else:  # nothing was sampled, so nothing is said of it
+            assert row["epistemic"] is None
+    assert cli.main([*words, "--output", str(tmp_path / "answers.csv")]) == 0
+    with (tmp_path / "answers.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [json.loads(row["probabilities"]) for row in table] == [row["probabilities"] for row in rows]
+
+
+def test_predict_prints_json_lines_and_refuses_other_files(run, unanswered, tmp_path, capsys):
+    words = ["predict", str(run[1]), "--data", unanswered, "--num-samples", "0", "--device", "cpu"]
+    assert cli.main(words) == 0
+    assert len([json.loads(line) for line in capsys.readouterr().out.splitlines()]) == 5
+    assert "must end in .jsonl or .csv" in error_of(
+        capsys, [*words, "--output", str(tmp_path / "answers.txt")]
+    )
+    os.mkfifo(tmp_path / "pipe.csv")
+    assert "is a pipe or a device" in error_of(capsys, [*words, "--output", str(tmp_path / "pipe.csv")])
+
+
+def interrupt(*args, **kwargs):
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [("train", "nothing was written to {}"), ("predict", "the run is in {}, but was not measured")],
+)
+def test_ctrl_c_is_one_line_and_leaves_nothing_half_written(
+    model, data, tmp_path, capsys, monkeypatch, place, said
+):
+    out = tmp_path / "out"
+    monkeypatch.setattr(library, place, interrupt)
+    assert finetune(model, data, out, "--eval-data", data) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: stopped; {said.format(out)}"
+    assert out.exists() == (place == "predict")
+    if out.exists():
+        assert read_task(out).scoring == "mean_loglik" and not [p for p in out.iterdir() if p.name[0] == "."]
+
+
+def test_a_full_disk_leaves_the_last_good_run_and_one_line(run, model, data, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(run[1], out)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert finetune(model, data, out, "--overwrite") == 1
+    assert "error: the disk is full; what was being written is as it was before" in capsys.readouterr().err
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
+def test_a_second_run_into_the_folder_is_refused(model, data, tmp_path, capsys):
+    with (tmp_path / ".bayeslora-lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert finetune(model, data, tmp_path) == 1
+    assert "another process is writing to" in capsys.readouterr().err
+    assert finetune(model, data, tmp_path, "--num-samples", "0") == 0
+
+
+def test_a_library_s_error_is_one_line_that_names_its_kind(model, data, tmp_path, capsys, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("shapes do not fit\nat line 3" + "x" * 10_000)
+
+    monkeypatch.setattr(library, "train", fail)
+    assert finetune(model, data, tmp_path / "out") == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: RuntimeError: shapes do not fit at line 3x") and len(line) < 1100
+    monkeypatch.setenv("BAYESLORA_DEBUG", "1")
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        finetune(model, data, tmp_path / "out")
+
+
+def test_without_a_terminal_long_stages_print_a_line_a_tenth(capsys, monkeypatch):
+    clock = iter(range(0, 10_000, 4))
+    monkeypatch.setattr(cli_support.time, "perf_counter", lambda: next(clock))
+    with cli_support.Reporter() as report:
+        report.notice("training")
+        for step in range(1, 41):
+            report.on_progress(library.Progress("train", step, 40, loss=1.0))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == ["training ...", "training: 4/40 loss 1.000, about 144 s left"]
+    assert len(lines) == 11 and lines[-1].startswith("training: 40/40 loss 1.000, ")
+
+
+def test_figures_that_are_not_finite_are_null(tmp_path):
+    cli_support.write_metrics(tmp_path / "m.json", [{"nll": float("inf")}], {"final_loss": float("nan")})
+    assert json.loads((tmp_path / "m.json").read_text(), parse_constant=pytest.fail) == {
+        "rows": [{"nll": None}],
+        "final_loss": None,
+    }
+
+
+def test_a_closed_pipe_ends_the_process_without_a_traceback():
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "bayeslora.cli", "--version"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")

@@ -61,6 +61,20 @@ def test_fetch_goes_through_the_users_pip_and_keeps_only_the_file(index, tmp_pat
     assert [p.name for p in cache.iterdir()] == ["tiny_pin-data.bin"]
 
 
+@pytest.mark.parametrize("python_path", ["unset", ":"])
+def test_nothing_of_the_working_directory_is_run(index, tmp_path, monkeypatch, python_path):
+    _, pin = index
+    work = tmp_path / "downloads"
+    work.mkdir()
+    (work / "pip.py").write_text("import pathlib\npathlib.Path(__file__).with_name('RAN').touch()")
+    monkeypatch.chdir(work)
+    if python_path != "unset":  # an empty entry is the working directory too
+        monkeypatch.setenv("PYTHONPATH", python_path)
+    demo.fetch(pin, "../cache")
+    assert [p.name for p in work.iterdir()] == ["pip.py"]
+    assert (tmp_path / "cache" / "tiny_pin-data.bin").read_bytes() == CONTENT
+
+
 def test_a_populated_cache_needs_no_pip(index, tmp_path, monkeypatch):
     _, pin = index
     path = demo.fetch(pin, tmp_path / "cache")

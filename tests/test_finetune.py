@@ -1,7 +1,10 @@
 import json
+import os
+import shutil
 
 import pytest
 import torch
+from crashes import killed_at
 from tiny_lm import make_model, make_tokenizer, review_rows, save_tiny
 
 from bayeslora import metrics
@@ -192,6 +195,69 @@ def test_a_run_survives_the_disk(encoded, folder, tmp_path):
     torch.testing.assert_close(predict(run.model, encoded), predict(model, encoded))
 
 
+def test_a_run_that_is_killed_while_it_replaces_another_is_one_of_the_two(folder, tmp_path):
+    base, _ = load_model(str(folder), device=CPU)
+    model = add_lora(base, ADAMW)
+    tasks = [Task(str(folder), "loglik", TEMPLATE, training={"run": name}) for name in ("old", "new")]
+    run, found = tmp_path / "run", []
+    for count in range(0, 1000, 4):
+        save_run(run, model, tasks[0])
+        killed = killed_at(count + 1, lambda: save_run(run, zeroed(model), tasks[1]))
+        found.append(read_task(run))  # checks that the weights are this task's
+        if not killed:
+            break
+    assert found[0] == tasks[0] and found[-1] == tasks[1] and len(found) > 5
+    assert all(task in tasks for task in found)
+
+
+def zeroed(model):
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    return model
+
+
+def test_files_of_two_runs_do_not_pass_for_one(encoded, folder, tmp_path):
+    base, _ = load_model(str(folder), device=CPU)
+    model = add_lora(base, IVON)
+    task = Task(str(folder), "loglik", TEMPLATE)
+    posterior = Posterior.from_optimizer(model, train(model, encoded, IVON).optimizer)
+    save_run(tmp_path / "one", model, task, posterior)
+    save_run(tmp_path / "two", zeroed(model), task)
+    for name, cause in [
+        ("adapter_model.safetensors", "is not the one that bayeslora_task.json was saved with"),
+        ("posterior.safetensors", "is not the one that"),
+    ]:
+        mixed = tmp_path / f"mixed-{name}"
+        shutil.copytree(tmp_path / "two", mixed)
+        shutil.copy(tmp_path / "one" / name, mixed)
+        with pytest.raises(ValueError, match=rf"{name} {cause}"):
+            read_task(mixed)
+    (tmp_path / "one" / "posterior_config.json").unlink()
+    with pytest.raises(ValueError, match=r"posterior_config\.json is missing; the folder holds files of two"):
+        read_task(tmp_path / "one")
+
+
+def test_a_run_from_before_files_were_tied_together_loads(folder, tmp_path):
+    base, _ = load_model(str(folder), device=CPU)
+    save_run(tmp_path, add_lora(base, ADAMW), Task(str(folder), "loglik", TEMPLATE))
+    file = tmp_path / "bayeslora_task.json"
+    values = json.loads(file.read_text())
+    del values["files"], values["labels"]
+    file.write_text(json.dumps(values))
+    assert load_run(tmp_path, device=CPU).task.template == TEMPLATE
+
+
+def test_the_users_own_readme_stays_and_an_earlier_adapters_card_does_not(folder, tmp_path):
+    base, _ = load_model(str(folder), device=CPU)
+    model, task = add_lora(base, ADAMW), Task(str(folder), "loglik", TEMPLATE)
+    (tmp_path / "README.md").write_text("mine")
+    save_run(tmp_path, model, task)
+    assert (tmp_path / "README.md").read_text() == "mine"
+    save_run(tmp_path, model, task)
+    assert "library_name: peft" in (tmp_path / "README.md").read_text()
+
+
 def test_a_saved_run_loads_in_plain_peft_as_the_mean(encoded, folder, tmp_path):
     from peft import PeftModel
 
@@ -206,25 +272,100 @@ def test_a_saved_run_loads_in_plain_peft_as_the_mean(encoded, folder, tmp_path):
     )
 
 
-def test_task_files_that_are_not_right_are_named(tmp_path):
+@pytest.fixture(scope="module")
+def saved(folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved")
+    base, _ = load_model(str(folder), device=CPU)
+    save_run(path, add_lora(base, ADAMW), Task(str(folder), "letter", "{question}{choices}"))
+    return path
+
+
+def test_a_folder_without_a_run_is_named(tmp_path, saved):
     with pytest.raises(ValueError, match=r"folder '.*none' does not exist"):
         read_task(tmp_path / "none")
     with pytest.raises(ValueError, match=r"bayeslora_task\.json is missing"):
         read_task(tmp_path)
-    (tmp_path / "adapter_config.json").write_text("{}")
-    task = tmp_path / "bayeslora_task.json"
-    for text, message in [
-        ("{", "is not a bayeslora task file"),
-        ('{"format": 1}', "is not a bayeslora task file: KeyError"),
-        ("[]", "is not a bayeslora task file"),
+    shutil.copytree(saved, tmp_path / "run")
+    weights = tmp_path / "run" / "adapter_model.safetensors"
+    weights.unlink()
+    os.mkfifo(weights)  # opening it would wait for ever
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors is missing"):
+        read_task(tmp_path / "run")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "", '{"peft_type": "evil"}', '{"peft_type": "LORA"}'])
+def test_a_damaged_adapter_names_its_folder(saved, tmp_path, text):
+    shutil.copytree(saved, tmp_path / "run")
+    (tmp_path / "run" / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"the adapter in '.*run' could not be loaded: ."):
+        load_run(tmp_path / "run", device=CPU)
+
+
+def test_a_run_that_is_replaced_while_it_is_read_is_refused(saved, folder, tmp_path, monkeypatch):
+    shutil.copytree(saved, tmp_path / "run")
+
+    def replaced(*args, **options):
+        base, tokenizer = load_model(*args, **options)
+        model = add_lora(load_model(str(folder), device=CPU)[0], ADAMW)
+        save_run(tmp_path / "run", zeroed(model), Task(str(folder), "letter", "{question}{choices}"))
+        return base, tokenizer
+
+    monkeypatch.setattr("bayeslora.runs.load_model", replaced)
+    with pytest.raises(ValueError, match="was written to while it was read; try again"):
+        load_run(tmp_path / "run", device=CPU)
+
+
+_HOSTILE = [None, True, -5, 0, 1.5, float("nan"), 10**400, "", " ", "evil", "a\0b", "\ud800", "x" * 10**5]
+_HOSTILE += ["{question.__class__.__mro__}", "/etc/passwd", "../../etc", [], [1], {}, {"a": {}}, [["a"] * 30]]
+_RAW = [b"", b"[]", b"5", b"{", b"[" * 100_000, bytes(range(256)), b'{"format": ' + b"1" * 5000 + b"}"]
+_RAW += [b'{"format": 1, "format": 1}', b"\xff\xfe{\x00", b" " * (1 << 21), b"{}", b'{"format": 1}']
+
+
+def mutated_tasks(text):
+    """Task files of which a field, or everything, is not what it should be."""
+    values = json.loads(text)
+    for name in values:
+        yield {key: value for key, value in values.items() if key != name}
+        yield from ({**values, name: hostile} for hostile in _HOSTILE)
+    yield from _RAW
+
+
+def test_a_task_file_with_anything_in_it_is_read_or_named_in_one_line(saved, tmp_path):
+    file = tmp_path / "run" / "bayeslora_task.json"
+    shutil.copytree(saved, file.parent)
+    taken, refused = [], []
+    for mutation in mutated_tasks(file.read_text()):
+        raw = mutation if isinstance(mutation, bytes) else json.dumps(mutation).encode()
+        file.write_bytes(raw)
+        try:
+            taken.append((mutation, read_task(file.parent)))
+        except ValueError as error:
+            refused.append(str(error))
+    assert len(refused) > 130
+    assert all("bayeslora_task.json" in line and "\n" not in line for line in refused)
+    for mutation, task in taken:  # only what fits every field's type and range
+        assert isinstance(mutation["training"], dict) and task.scoring in ("letter", "loglik", "mean_loglik")
+        assert isinstance(task.base_model, str) and task.template and task.dtype == "float32"
+        assert task.max_length in (None, 10**400) and task.labels is None
+
+
+def test_task_files_that_are_not_right_say_why(saved, tmp_path):
+    file = tmp_path / "run" / "bayeslora_task.json"
+    shutil.copytree(saved, file.parent)
+    good = json.loads(file.read_text())
+    for change, message in [
+        ({"format": 2}, "it has format 2; this version reads format 1"),
+        ({"format": True}, "it has format True"),
+        ({"dtype": [1]}, r"dtype must be float32, bfloat16, float16; got \[1\]"),
+        ({"max_length": "x"}, "max_length must be a number of tokens or none; got 'x'"),
+        ({"template": 5}, "template must be a non-empty string; got 5"),
+        ({"template": "{question.__class__}"}, r"must contain \{question\}"),
+        ({"labels": ["a", "a"]}, "labels must differ from each other"),
+        ({"files": []}, "files must be an object; got list"),
     ]:
-        task.write_text(text)
-        with pytest.raises(ValueError, match=message):
-            read_task(tmp_path)
-    values = {"base_model": "m", "scoring": "letter", "template": "{question}{choices}", "max_length": None}
-    task.write_text(json.dumps({**values, "dtype": "float32", "training": {}, "format": 2}))
-    with pytest.raises(ValueError, match="has format 2; this version reads format 1"):
-        read_task(tmp_path)
+        file.write_text(json.dumps({**good, **change}))
+        with pytest.raises(ValueError, match=rf"task\.json is not a bayeslora task file: .*{message}"):
+            read_task(file.parent)
 
 
 def test_unknown_models_are_named_before_anything_loads(tmp_path):
@@ -269,6 +410,8 @@ def test_devices_and_dtypes(monkeypatch):
         ({"ess": -1.0}, "ess must be greater than 0; got -1.0"),
         ({"weight_decay": -1.0}, "weight_decay must be at least 0"),
         ({"target_modules": []}, "target_modules is empty"),
+        ({"preset": "best"}, "preset must be one of like-adamw, rows, commonsense, glue, gsm8k; got 'best'"),
+        ({"preset": "like-adamw", "ess": 1e5}, "preset like-adamw chooses ess itself; take preset rows"),
         ({"seed": 1 << 64}, r"seed must be in \[0, 2\^64\)"),
     ],
 )
@@ -288,7 +431,7 @@ def test_prediction_options_out_of_range_are_named():
 
 
 def test_settings_fill_in_what_depends_on_optimizer_and_data():
-    ivon = TrainSettings().resolved(4957)  # OpenBookQA, for which the papers use 1e6
+    ivon = TrainSettings(preset="rows").resolved(4957)  # OpenBookQA, for which the papers use 1e6
     assert (ivon.lr, ivon.weight_decay, ivon.ess) == (1e-2, 1e-6, pytest.approx(1e6, rel=0.02))
     assert ivon.steps == 1859
     adamw = TrainSettings(optimizer="adamw", epochs=0.5, batch_size=4, grad_accumulation=2).resolved(100)
@@ -299,8 +442,36 @@ def test_settings_fill_in_what_depends_on_optimizer_and_data():
 
 def test_ivon_gets_the_settings():
     settings = TrainSettings(lr=0.1, ess=123.0, hess_init=0.7, beta2=0.9, clip_radius=0.3, weight_decay=0.2)
-    optimizer = build_optimizer(tiny(settings), settings.resolved(10))
+    optimizer = build_optimizer(tiny(settings), settings.resolved(10), 10)
     group = optimizer.param_groups[0]
     expected = {"lr": 0.1, "ess": 123.0, "hess_init": 0.7, "beta2": 0.9, "weight_decay": 0.2}
     assert {name: group[name] for name in expected} == expected
     assert group["clip_radius"] == 0.3
+
+
+def test_ivon_takes_like_adamw_unless_a_value_of_its_own_is_given(encoded):
+    settings = TrainSettings(steps=12, r=4)
+    resolved = settings.resolved(36)
+    assert (resolved.preset, resolved.lr, resolved.ess) == ("like-adamw", 2e-4, None)
+    trained = train(tiny(settings), encoded, settings)
+    group = trained.optimizer.param_groups[0]
+    assert group["setup_num_data"] == 36 and group["setup_seen"] == group["setup_steps"]
+    assert trained.ivon == {name: group[name] for name in ("ess", "hess_init", "clip_radius")}
+    for given in ({"ess": 1e4}, {"hess_init": 0.1}, {"clip_radius": 0.1}):
+        assert TrainSettings(**given).resolved(36).preset == "rows"
+
+
+def test_presets_are_the_papers_values_and_give_way_to_options():
+    glue = TrainSettings(preset="glue").resolved(100)
+    assert (glue.lr, glue.beta2, glue.clip_radius, glue.hess_init, glue.ess) == (
+        1e-2,
+        0.9998,
+        0.02,
+        5e-3,
+        5e6,
+    )
+    gsm8k = TrainSettings(preset="gsm8k", beta2=0.9, lr=1e-3).resolved(100)
+    assert (gsm8k.lr, gsm8k.beta2, gsm8k.clip_radius, gsm8k.ess) == (1e-3, 0.9, 0.01, 1e7)
+    commonsense = TrainSettings(preset="commonsense").resolved(2251)
+    assert (commonsense.lr, commonsense.clip_radius) == (5e-4, 0.1)
+    assert commonsense.ess == pytest.approx(5e5, rel=0.11)  # the papers' for ARC-Easy

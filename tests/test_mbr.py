@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 
 import pytest
 import torch
@@ -47,6 +48,28 @@ def _texts(count, seed=0):
     rng = random.Random(seed)
     words = ["the", "a", "cat", "dog", "sat", "barked", "on", "under", "mat", "tree", "über", "12", "!"]
     return [" ".join(rng.choices(words, k=rng.randint(1, 9))) for _ in range(count)] + ["x", "ab"]
+
+
+def test_numbers_are_normalized_as_the_harness_does():
+    """lm-evaluation-harness removes these patterns from an answer, in this order, and folds its case."""
+    generator = random.Random(0)
+    for _ in range(2000):
+        text = "".join(generator.choices("0123456789,.$-# \n", k=12))
+        for pattern, found in (
+            (r"#### (\-?[0-9\.\,]+)", mbr.gsm8k_strict),
+            (r"-?[$0-9.,]{2,}|-?[0-9]+", None),
+        ):
+            numbers = re.findall(pattern, text)
+            number = (numbers[0] if found else numbers[-1]).strip() if numbers else None
+            for ignored in (",", r"\$", r"(?s).*#### ", r"\.$") if numbers else ():
+                number = re.sub(ignored, "", number)
+            assert (found or mbr.gsm8k_flexible)(text) == number
+
+
+def test_a_number_of_a_million_digits_takes_time_linear_in_them():
+    """In quadratic time, minutes."""
+    assert mbr.gsm8k_flexible("so " + "1" * 10**6 + ".") == "1" * 10**6
+    assert mbr.gsm8k_strict("#### " + "1," * 10**6) == "1" * 10**6
 
 
 def test_chrf_is_sacrebleus():

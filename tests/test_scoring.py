@@ -162,11 +162,21 @@ def test_max_length_cuts_the_prompt_from_its_start_and_keeps_bos(model, tokenize
     assert cut.sequences[0] == (1, *whole.sequences[0][-11:])
     assert [t[0][2] for t in cut.targets] == [t[0][2] for t in whole.targets]
     assert cut.targets[0][0][1] == 11
+    assert (whole.dropped, cut.dropped) == (0, len(whole.sequences[0]) - 12)
     long = Question("good", ("very " * 9 + "good", "bad"), 0)
     with pytest.raises(ValueError, match="max_length=5 tokens is too short"):
         encode([long], with_bos, "loglik", max_length=5)
     with pytest.raises(ValueError, match="max_length must be at least 2 tokens; got 1"):
         encode([long], with_bos, "loglik", max_length=1)
+
+
+def test_a_question_without_an_answer_is_scored_and_costs_nothing(model, tokenizer):
+    unknown = Question(QUESTIONS[0].question, QUESTIONS[0].choices, None)
+    batch = collate(encode([unknown, QUESTIONS[1]], tokenizer), pad_token_id=2)
+    scores = choice_scores(model, batch)
+    assert torch.equal(scores[0], choice_scores(model, collate(encode(QUESTIONS[:2], tokenizer), 2))[0])
+    loss = torch.nn.functional.cross_entropy
+    assert torch.equal(loss(scores, batch.labels), loss(scores[1:], batch.labels[1:]))
 
 
 def test_placeholders_in_a_question_are_left_alone(tokenizer):

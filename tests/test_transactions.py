@@ -1,70 +1,11 @@
-"""Files are replaced together or not at all, and a model is changed whole or not at all."""
+"""A model is changed as a whole or not at all."""
 
 import pytest
 import torch
-from crashes import killed_at
 from torch import nn
 
 from bayeslora import transactions
-from bayeslora.transactions import settle, unchanged_on_failure, whole_save
-
-
-def _write(folder, **texts):
-    for name, text in texts.items():
-        (folder / name).write_text(text)
-
-
-def _read(folder):
-    return {path.name: path.read_text() for path in folder.iterdir()}
-
-
-def _save(folder, value):
-    with whole_save(folder, obsolete=["old_only"]) as staged:
-        _write(staged, a=value, b=value)
-
-
-def test_a_save_replaces_its_files_and_leaves_others(tmp_path):
-    folder = tmp_path / "new" / "folder"
-    _save(folder, "1")
-    _write(folder, mine="kept", old_only="gone")
-    _save(folder, "2")
-    assert _read(folder) == {"a": "2", "b": "2", "mine": "kept"}
-
-
-def test_a_save_that_fails_leaves_what_was_there(tmp_path):
-    folder = tmp_path / "folder"
-    for before in ({}, {"a": "1", "old_only": "1"}):
-        if before:
-            folder.mkdir()
-            _write(folder, **before)
-        with pytest.raises(KeyboardInterrupt), whole_save(folder, obsolete=["old_only"]) as staged:
-            _write(staged, a="2")
-            raise KeyboardInterrupt
-        assert folder.exists() == bool(before)
-    assert _read(folder) == {"a": "1", "old_only": "1"}
-
-
-def test_a_killed_save_leaves_the_old_files_or_the_new_never_some_of_each(tmp_path):
-    found, number = set(), 0
-    while True:
-        number += 2
-        folder = tmp_path / str(number)
-        _save(folder, "1")
-        _write(folder, old_only="1", mine="kept")
-        killed = killed_at(number, lambda folder=folder: _save(folder, "2"))
-        settle(folder)
-        left = {path.name: path.read_text() for path in folder.iterdir() if path.is_file()}
-        assert left.pop("mine") == "kept"
-        found.add(tuple(sorted(left.items())))
-        _save(folder, "3")  # goes on from whatever was left
-        assert _read(folder) == {"a": "3", "b": "3", "mine": "kept"}
-        if not killed:
-            break
-    assert found == {
-        (("a", "1"), ("b", "1"), ("old_only", "1")),
-        (("a", "2"), ("b", "2")),
-    }
-    assert number > 10
+from bayeslora.transactions import unchanged_on_failure
 
 
 def _model():
