@@ -29,10 +29,10 @@ def _base(dtype=torch.float32, hidden_size=32, intermediate_size=48):
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
-def _posterior(seed=1, adapter="default", r=3, ess=50.0, hidden_size=32, **settings):
+def _posterior(seed=1, adapter="default", r=3, ess=50.0, base=None, **settings):
     torch.manual_seed(seed)
     config = LoraConfig(r=r, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **settings)
-    model = patch(get_peft_model(_base(hidden_size=hidden_size), config, adapter)).eval()
+    model = patch(get_peft_model(base or _base(), config, adapter)).eval()
     params = [p for p in model.parameters() if p.requires_grad]
     for p in params:
         p.data.normal_(std=0.3)
@@ -90,7 +90,7 @@ def test_a_posterior_loads_onto_a_quantized_base(tmp_path, device, caplog):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     sizes = {"hidden_size": 64, "intermediate_size": 64}  # bitsandbytes needs blocks of 64 whole on some CPUs
-    posterior = _posterior(**sizes)
+    posterior = _posterior(base=_base(**sizes))
     posterior.save_pretrained(tmp_path / "adapter")
     _base(**sizes).save_pretrained(tmp_path / "base")
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
