@@ -143,7 +143,7 @@ class Pass(Reversible):
         layers: the samples of each layer.
         groups: S, the number of samples.
         rows: the first dimensions that each layer's input may have; None for all multiples of S.
-        tagged: groups whose outputs become NaN, for all to see where they end up.
+        tagged: groups whose outputs become something else, for all to see where they end up.
     """
 
     _thread: int | None = None
@@ -214,7 +214,8 @@ class Pass(Reversible):
         y = self.layers[layer].apply(x, weight, bias, scaling, dtype)
         if self._tagged:
             self.dtypes.add(dtype)
-            y.view(self._groups, -1, y.shape[-1])[self._tagged] = torch.nan
+            by_group = y.view(self._groups, -1, y.shape[-1])
+            by_group[self._tagged] = -8.0 * by_group[self._tagged].flip(-1)
         return y
 
     @cached_property

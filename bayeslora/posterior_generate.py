@@ -100,7 +100,8 @@ def generate(
             for name in settings:
                 if hasattr(config, name) or not isinstance(arguments[name], Tensor):
                     del arguments[name]
-            logits: Sequence[Tensor] = model.generate(**arguments, generation_config=config).logits
+            output = model.generate(**arguments, generation_config=config, logits_processor=[_last_again])
+            logits: Sequence[Tensor] = output.logits
             return logits
 
         return in_passes(
@@ -119,6 +120,11 @@ def generate(
 
     parts = Inference(model).run(results)
     return _padded(parts, _pad_token(model, settings))
+
+
+def _last_again(ids: Tensor, scores: Tensor) -> Tensor:
+    """Return scores by which every row goes on with its last token, whatever the model makes of it."""
+    return torch.full_like(scores, -torch.inf).scatter(1, ids[:, -1:], 0.0)
 
 
 def _prompts(given: Mapping[str, Any]) -> int:

@@ -5,12 +5,13 @@ patched layer, or mix the rows of a batch; no shape tells for certain. So before
 its first row is run
 
 - alone, which nothing can go wrong with;
-- four times at once, where every patched layer overwrites with NaN what it takes for the outputs of three
-  of the four. The fourth must come out as it did alone, and the others changed.
+- four times at once, where every patched layer puts something else, eight times as large, in the place of
+  what it takes for the outputs of three of the four. The fourth must come out as it did alone, and the
+  others not.
 
-NaN goes wherever a row's values go, so a row is only ever free of it if it keeps to itself. What the layers
-have read is kept: how many rows each for one of the batch. In every later pass they must read the same,
-which an expert that gathers its tokens does not.
+(NaN would be no better sign: some attention kernels make zeros of it, others read a neighbour's rows times
+zero.) What the layers have read is kept: how many rows each for one of the batch. In every later pass they
+must read the same, which an expert that gathers its tokens does not.
 """
 
 from __future__ import annotations
@@ -228,8 +229,7 @@ def find_order(
         layers: those of the posterior.
         model: its model, in eval mode.
         batch: the kind of batch.
-        run: calls the model with a batch and returns logits, one row a row; further tensors may depend
-            on the values of the first.
+        run: calls the model with a batch and returns tensors of logits, one row a row.
         seed: name of a sample.
         variance_scale: factor on its variance.
 
@@ -269,12 +269,9 @@ def _check(by_itself: Sequence[Tensor], together: Sequence[Tensor], dtypes: set[
     for alone, found in zip(by_itself, together, strict=True):
         if not found.is_floating_point() or found.shape != (_COPIES, *alone.shape[1:]):
             raise NotBatched(f"{found.dtype} output has shape {tuple(found.shape)} for {_COPIES} sequences")
-        if not torch.equal(found[_CLEAN].isnan(), alone[0].isnan()):
-            raise NotBatched("the model mixes the rows of its batch, or does not keep their order")
         atol = math.sqrt(eps) * alone.nan_to_num(0.0, 0.0, 0.0).abs().max().item()
-        same = found.double().isclose(alone.double(), rtol=0.0, atol=atol, equal_nan=True)
-        if found is together[0] and not bool(same[_CLEAN].all()):
-            raise NotBatched("the model computes a row another way beside others")
-        # Not all of it is NaN: torch's attention on a CPU gives zeros where all scores of a row are.
-        if bool(same[list(_TAGGED)].view(len(_TAGGED), -1).all(1).any()):
+        same = found.double().isclose(alone.double(), rtol=0.0, atol=atol, equal_nan=True).flatten(1).all(1)
+        if not same[_CLEAN]:
+            raise NotBatched("the model mixes the rows of its batch, or does not keep their order")
+        if same[list(_TAGGED)].any():
             raise NotBatched("the samples do not reach every row of the output")

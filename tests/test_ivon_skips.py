@@ -137,16 +137,19 @@ def test_a_posterior_says_skipped_steps_that_are_news(said):
 
 @pytest.mark.gpu
 def test_a_gpu_is_not_waited_for(said):
-    model = _model(device="cuda")
+    model, x = torch.nn.Linear(16, 16, device="cuda"), torch.randn(8, 16, device="cuda")
     opt = _optimizer(model)
     for step in range(40):
-        if step == 4:
+        if step > 3:  # when everything is allocated
             torch.cuda.set_sync_debug_mode("error")
         try:
-            _step(model, opt, bad=step == 7)
+            with opt.sampled_params(train=True):
+                loss = model(x).square().mean() * (math.nan if step == 7 else 1.0)
+                loss.backward()
+            opt.step()
+            opt.zero_grad()
         finally:
-            if step == 39:
-                torch.cuda.set_sync_debug_mode("default")
+            torch.cuda.set_sync_debug_mode("default")
         if step == 20:
             torch.cuda.synchronize()
     assert "skipped 1 of" in said()[0]

@@ -138,7 +138,8 @@ def test_a_gradient_with_a_graph_is_that_without(device):
     for got, expected in zip(with_graph, want, strict=True):
         assert got.dtype == expected.dtype == torch.float32
         scale = expected.abs().max()
-        torch.testing.assert_close(got / scale, expected / scale, rtol=0.0, atol=2.0**-6)
+        # sums of a few bf16 roundings (2^-8 each), in another order
+        torch.testing.assert_close(got / scale, expected / scale, rtol=0.0, atol=2.0**-5)
 
 
 def test_forward_mode_derivatives(device, fused_calls):

@@ -18,13 +18,14 @@ SETTINGS = {"lr": 0.05, "ess": 50.0, "hess_init": 0.25, "beta2": 0.9, "seed": 3}
 X = torch.randn(6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-def _weight():
-    return torch.randn(4, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+def _weight(device="cpu"):
+    return torch.randn(4, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(device)
 
 
 def _loss(w, v):
     """Through ``w (4, 5)`` and ``v (5, 4)``, as an autoencoder with tied weights."""
-    return (X @ w.T @ v.T - X).square().mean()
+    x = X.to(w.device)
+    return (x @ w.T @ v.T - x).square().mean()
 
 
 def _run(params, loss, steps=4, samples=1, opt=None):
@@ -42,11 +43,11 @@ def _run(params, loss, steps=4, samples=1, opt=None):
 
 @pytest.mark.parametrize("samples", [1, 2])
 @pytest.mark.parametrize("module", [kernels, ivon_twin], ids=["triton", "twin"])
-def test_a_transposed_view_trains_as_the_one_parameter_that_it_is(module, samples, monkeypatch):
+def test_a_transposed_view_trains_as_the_one_parameter_that_it_is(module, samples, device, monkeypatch):
     monkeypatch.setattr(bayeslora.ivon_samples, "ivon_kernels", lambda _: module)
-    one = nn.Parameter(_weight())
+    one = nn.Parameter(_weight(device))
     alone, expected = _run([one], lambda: _loss(one, one.T), samples=samples)
-    w = nn.Parameter(_weight())
+    w = nn.Parameter(_weight(device))
     v = nn.Parameter(w.detach().T)
     opt, seen = _run([w, v], lambda: _loss(w, v), samples=samples)
     for own, other in zip(seen, expected, strict=True):
